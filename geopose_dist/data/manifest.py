@@ -1,0 +1,175 @@
+"""What a folder of shards says of itself: `manifest.json` for small facts, `index.npy` by sample.
+
+The folder is flat: `train-000000.tar`, `val-000000.tar`, `test-000000.tar`, ..., `manifest.json`, `index.npy`.
+The index is a memory-mapped table with one row per sample, sorted by split, then shard, then offset, so a
+split is a contiguous range of rows. One range read of (shard, offset, length) is a whole sample, and its
+crc32 is checked at every read: a tar has no checksum of its own data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from geopose_dist import files
+from geopose_dist.errors import UserError
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+INDEX_NAME = "index.npy"
+
+INDEX_DTYPE = np.dtype(
+    [
+        ("shard", "<u4"),  # position in Manifest.shards
+        ("city", "<u2"),  # position in Manifest.cities
+        ("offset", "<u8"),  # of the sample's first tar header in the shard
+        ("length", "<u4"),  # bytes from that header to the end of the last member's padding
+        ("crc32", "<u4"),  # of these bytes
+    ]
+)
+Index = npt.NDArray[np.void]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar: its name, split, number of samples, size in bytes and SHA-256 in hex."""
+
+    name: str
+    split: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The small facts of a folder of shards.
+
+    Attributes:
+        shards: the tars, sorted by split and name.
+        cities: names that the index's `city` column numbers.
+        statistics: by split, then city: tiles, mean and standard deviation of known heights (m), share of
+            unknown pixels, mean scale (px/m); what head initialisation and reports start from.
+        recipe: how the shards were packed (reduction, codecs, seed, ...).
+        schema: version of this form.
+    """
+
+    shards: list[Shard]
+    cities: list[str]
+    statistics: dict[str, Any]
+    recipe: dict[str, Any]
+    schema: int = SCHEMA_VERSION
+
+    def splits(self) -> dict[str, int]:
+        """Number of samples by split."""
+        counts: dict[str, int] = {}
+        for shard in self.shards:
+            counts[shard.split] = counts.get(shard.split, 0) + shard.samples
+        return counts
+
+    def to_json(self) -> bytes:
+        """Sorted, indented JSON: the same shards give the same bytes."""
+        facts = dict(dataclasses.asdict(self), samples=sum(s.samples for s in self.shards), splits=self.splits())
+        return (json.dumps(facts, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """One split of an opened folder of shards.
+
+    Attributes:
+        root: the folder, or the URL of one.
+        manifest: see `Manifest`.
+        index: rows of this split only, memory-mapped.
+        split: its name.
+    """
+
+    root: str
+    manifest: Manifest
+    index: Index = field(repr=False)
+    split: str
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def shard_sizes(self) -> list[int]:
+        """Samples of each shard of this split, in order."""
+        return [shard.samples for shard in self.manifest.shards if shard.split == self.split]
+
+    def fingerprint(self) -> str:
+        """A short name for exactly these samples in exactly this order: what resuming must agree on."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.index).tobytes())
+        for shard in self.manifest.shards:
+            if shard.split == self.split:
+                digest.update(f"{shard.name} {shard.sha256}\n".encode())
+        return digest.hexdigest()[:16]
+
+
+def write(folder: Path, manifest: Manifest, index: Index) -> None:
+    """Write `index.npy`, then `manifest.json`: a folder without a manifest is unfinished."""
+    assert index.dtype == INDEX_DTYPE
+    buffer = io.BytesIO()
+    np.save(buffer, index, allow_pickle=False)
+    files.write_bytes(folder / INDEX_NAME, buffer.getvalue())
+    files.write_bytes(folder / MANIFEST_NAME, manifest.to_json())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Parse and check `manifest.json` of a folder of shards (UserError)."""
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise UserError(
+            f"{path}: not found; wanted the manifest of a finished `geopose pack`; run it again to go on, or "
+            "`geopose pack --index-only` for shards made elsewhere"
+        )
+    try:
+        facts = json.loads(path.read_bytes())
+        if facts["schema"] != SCHEMA_VERSION:
+            raise UserError(
+                f"{path}: schema {facts['schema']}, this program reads {SCHEMA_VERSION}; pack again or use the "
+                "version of geopose-dist that packed it"
+            )
+        return Manifest(
+            shards=[Shard(**shard) for shard in facts["shards"]],
+            cities=list(facts["cities"]),
+            statistics=facts["statistics"],
+            recipe=facts["recipe"],
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: not a manifest of shards ({error}); pack again") from error
+
+
+def open_split(root: str | Path, split: str) -> ShardSet:
+    """Open one split of a folder of shards; the index is memory-mapped, not read (UserError)."""
+    folder = Path(root)
+    manifest = read_manifest(folder)
+    path = folder / INDEX_NAME
+    try:
+        index = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); pack again, or `geopose pack --index-only`") from error
+    rows = sum(shard.samples for shard in manifest.shards)
+    if index.dtype != INDEX_DTYPE or index.shape != (rows,):
+        raise UserError(
+            f"{path}: {index.shape} of {index.dtype}, wanted ({rows},) of {INDEX_DTYPE}; it does not belong to the "
+            "manifest beside it; pack again"
+        )
+    splits = manifest.splits()
+    if split not in splits:
+        raise UserError(f"{root} has no split {split!r}; it has: {', '.join(splits) or 'no samples'}")
+    first = 0
+    for shard in manifest.shards:
+        if shard.split == split:
+            break
+        first += shard.samples
+    return ShardSet(str(root), manifest, index[first : first + splits[split]], split)

@@ -1,0 +1,1 @@
+"""The jobs that make shards: read a layout, render, split, pack, verify."""
