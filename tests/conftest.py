@@ -1,0 +1,86 @@
+"""What all tests share: the environment, recorded data, running `geopose`, and what a machine cannot do.
+
+Tests never reach a network: hubs are told to stay offline before anything imports them. Ray gets a token of
+this run's own, so that it writes none into the home folder.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    MPLBACKEND="Agg",
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_AUTH_TOKEN=secrets.token_hex(32),
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, with the reason, what this machine cannot run."""
+    missing = {"gpu": _why_no_gpu, "multihost": _why_no_hosts}
+    for marker, why in missing.items():
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        reason = why() if marked else ""
+        for item in marked if reason else []:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _why_no_gpu() -> str:
+    import torch
+
+    return "" if torch.cuda.is_available() else "no CUDA device"
+
+
+def _why_no_hosts() -> str:
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    if shutil.which("ip") is None:
+        return "no `ip`: apt-get install iproute2"
+    name = f"geopose-{os.getpid()}"
+    tried = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
+    if tried.returncode:
+        return f"no network namespaces here: {tried.stderr.strip()}"
+    subprocess.run(["ip", "netns", "del", name], check=False)
+    return ""
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Recorded data beside the checkout; tests that want it are skipped where it is absent."""
+    folder = ROOT.parent / "shared"
+    if not (folder / "conformance").is_dir():
+        pytest.skip(f"no recorded data at {folder}")
+    return folder
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Random numbers that are the same in every run."""
+    return np.random.Generator(np.random.Philox(20))
+
+
+@pytest.fixture(scope="session")
+def geopose() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `geopose WORDS...` as a process of its own and give back its exit code and output."""
+
+    def run(
+        *words: object, cwd: Path | None = None, timeout: float = 300
+    ) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "geopose_dist", *map(str, words)]
+        return subprocess.run(
+            command, cwd=cwd or ROOT, capture_output=True, text=True, timeout=timeout, check=False
+        )
+
+    return run
