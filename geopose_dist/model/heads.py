@@ -1,0 +1,93 @@
+"""The heads: from decoder maps and deepest features to height, magnitude, direction and scale.
+
+All of them compute in float32 outside autocast: heights reach 200 m, and their sums of squares over a
+tile overflow fp16 (the benchmark's least-squares scale became 0 with a zero gradient there).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+LEAST_SQUARES_RIDGE = 1e-6
+"""Keeps 0/0 of an all-flat prediction finite; the benchmark's 0.01 biased flat tiles."""
+
+
+class Prediction(NamedTuple):
+    """What the network says of a batch.
+
+    Attributes:
+        agl_m: heights, float32 [B, 1, H, W] metres.
+        magnitude_px: flow magnitude, float32 [B, 1, H, W] pixels.
+        direction: (sin, cos) of the angle, float32 [B, 2]; not necessarily of unit length.
+        scale_px_per_m: float32 [B].
+        direction_map: the vectors that `direction` was pooled from, float32 [B, 2, H, W], or None.
+    """
+
+    agl_m: Tensor
+    magnitude_px: Tensor
+    direction: Tensor
+    scale_px_per_m: Tensor
+    direction_map: Tensor | None
+
+
+def inverse_softplus(value: float) -> float:
+    """The x whose softplus is `value`."""
+    return value + math.log(-math.expm1(-value))
+
+
+def least_squares_scale(agl_m: Tensor, magnitude_px: Tensor, inside: Tensor | None, ridge: float) -> Tensor:
+    """Scale [B] in px/m that best explains magnitudes by heights: h.m / (h.h + ridge), in float32.
+
+    `inside` is a bool [B, 1, H, W], False on padding; None means all. It works on predictions, so pixels
+    without lidar truth count like any other (DOMAIN section 4; the benchmark's ridge is 0.01).
+    """
+    height, magnitude = agl_m.float(), magnitude_px.float()
+    if inside is not None:
+        height = height * inside
+    product = (height * magnitude).sum(dim=(1, 2, 3))
+    square = (height * height).sum(dim=(1, 2, 3))
+    return product / (square + ridge)
+
+
+def edge_weights(agl_m: Tensor) -> Tensor:
+    """How much each pixel's vector counts for the tile: the height's gradient, [B, 1, H, W], sum 1 a tile.
+
+    Detached: the network must not bend heights to please the direction. A tenth of the mean is added so
+    that an early, flat prediction still averages over all pixels.
+    """
+    height = agl_m.detach()
+    down = functional.pad((height[:, :, 1:] - height[:, :, :-1]).abs(), (0, 0, 0, 1))
+    right = functional.pad((height[:, :, :, 1:] - height[:, :, :, :-1]).abs(), (0, 1))
+    weight = down + right
+    weight = weight + 0.1 * weight.mean(dim=(2, 3), keepdim=True) + 1e-6
+    return weight / weight.sum(dim=(2, 3), keepdim=True)
+
+
+class PooledScale(nn.Module):
+    """A positive scale [B] from the pooled deepest features and, on request, the log of the GSD.
+
+    Args:
+        channels: of the deepest features.
+        start_px_per_m: what it answers before training.
+        gsd_input: whether it sees the GSD (NaN = unknown: a learned stand-in is used).
+    """
+
+    def __init__(self, channels: int, start_px_per_m: float, gsd_input: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(channels + (2 if gsd_input else 0), 1)
+        self.gsd_input = gsd_input
+        nn.init.zeros_(self.linear.weight)
+        nn.init.constant_(self.linear.bias, inverse_softplus(start_px_per_m))
+
+    def forward(self, pooled: Tensor, gsd_m: Tensor) -> Tensor:
+        if self.gsd_input:
+            known = torch.isfinite(gsd_m)
+            log_gsd = torch.where(known, gsd_m, torch.ones_like(gsd_m)).log()
+            pooled = torch.cat([pooled, log_gsd[:, None], known[:, None].to(pooled.dtype)], dim=1)
+        scale: Tensor = functional.softplus(self.linear(pooled))
+        return scale[:, 0]

