@@ -1,0 +1,127 @@
+#!/usr/bin/env bash
+# Train on one node or on several: the same command on each of them.
+#
+#   launch/torchrun.sh                                     one node: all GPUs or else 2 CPU ranks, the smoke recipe
+#   CONFIG=train/base launch/torchrun.sh --data.shards S --out runs/a
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=host0 CONFIG=train/base launch/torchrun.sh --data.shards S --out runs/a   (on host0)
+#   NNODES=2 NODE_RANK=1 MASTER_ADDR=host0 CONFIG=train/base launch/torchrun.sh --data.shards S --out runs/a   (on host1)
+#
+# Words after the script's name go to `geopose train` as they are. Run the same command again to go on.
+# Exit codes: 0 done; 75 preempted after saving, run again; else torchrun's own (1: look at the first traceback above).
+#
+#   CONFIG            recipe: a file or a shipped name (smoke)
+#   SHARDS, OUT       folder of shards and run folder, where --data.shards and --out are not among the words
+#   NPROC             processes on this node (all GPUs, or 2 without one)
+#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT     the nodes (1, 0, localhost, 29400); node 0 runs at MASTER_ADDR
+#   RDZV_ID           name of this job, the same on every node (geopose)
+#   LOCAL_ADDR, IFNAME   this node's address and network interface, where its host name does not resolve to them
+#   MAX_RESTARTS      how often torchrun itself starts crashed ranks again (0: leave it to the batch system)
+#   SHUTDOWN_TIMEOUT  seconds for the last step and the save (300)
+#   DRY_RUN=1         print the command and stop
+#   PYTHON            interpreter (.venv/bin/python of this checkout, else python3)
+set -euo pipefail
+
+here=$(cd "$(dirname "$0")/.." && pwd)
+if [ -z "${PYTHON:-}" ]; then
+  PYTHON=python3
+  [ -x "$here/.venv/bin/python" ] && PYTHON=$here/.venv/bin/python
+fi
+NNODES=${NNODES:-1}
+NODE_RANK=${NODE_RANK:-0}
+MASTER_ADDR=${MASTER_ADDR:-localhost}
+MASTER_PORT=${MASTER_PORT:-29400}
+SHUTDOWN_TIMEOUT=${SHUTDOWN_TIMEOUT:-300}
+
+# The run folder and the shards may be named by a variable or among the words; the words win.
+words=("$@")
+shards_given=${SHARDS:-}
+out_given=
+for i in "${!words[@]}"; do
+  case ${words[i]} in
+    --out) OUT=${words[i + 1]:-}; out_given=yes ;;
+    --out=*) OUT=${words[i]#--out=}; out_given=yes ;;
+    --data.shards | --data.shards=*) shards_given=yes; unset SHARDS ;;
+  esac
+done
+OUT=${OUT:-runs/smoke}
+
+if [ -z "${NPROC:-}" ]; then
+  # torch counts what CUDA_VISIBLE_DEVICES leaves; nvidia-smi would count all.
+  NPROC=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 2)')
+fi
+
+# Without a setting torchrun gives every rank one thread, and without torchrun every rank would take all cores.
+cores=$(nproc)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / NPROC > 0 ? cores / NPROC : 1))}
+
+# Agents that share one store keep addresses of dead ranks after a restart: 7 of 15 trials ended badly, none of 13
+# with a store of its own for every round (docs/decisions.md).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
+# gloo and NCCL look the host name up to find their interface; where that gives 127.0.0.1, nodes never meet.
+if [ -n "${IFNAME:-}" ]; then
+  export GLOO_SOCKET_IFNAME=$IFNAME NCCL_SOCKET_IFNAME=$IFNAME
+fi
+
+command=("$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --nproc-per-node "$NPROC")
+if [ "$NNODES" = 1 ]; then
+  command+=(--standalone) # a free port of this host: two runs may share a machine
+else
+  # is_host says outright who holds the store; by default the name in the endpoint is compared with the host's own,
+  # which fails behind aliases and in network namespaces, and then every node waits for ever.
+  command+=(--rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-id "${RDZV_ID:-geopose}")
+  command+=(--rdzv-conf "is_host=$((NODE_RANK == 0 ? 1 : 0))")
+fi
+[ -n "${LOCAL_ADDR:-}" ] && command+=(--local-addr "$LOCAL_ADDR")
+# A rank that leaves with 75 counts as a crash for torchrun, so its restarts are off unless asked for.
+command+=(--max-restarts "${MAX_RESTARTS:-0}")
+# USR1 and USR2 are what batch systems send ahead of the end; by default torchrun would die of them at once.
+command+=(--signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2")
+# Longer than a step and a save: torchrun kills the ranks after it (by default after 30 s).
+command+=(--shutdown-timeout "$SHUTDOWN_TIMEOUT")
+command+=(-m geopose_dist train --config "${CONFIG:-smoke}")
+
+if [ -z "$shards_given" ] && [ "$NNODES" = 1 ]; then
+  # Nothing to learn from was named: render a few small tiles once, so that the script works as it is.
+  SHARDS=runs/smoke-shards
+  if [ -z "${DRY_RUN:-}" ] && [ ! -e "$SHARDS/manifest.json" ]; then
+    "$PYTHON" -m geopose_dist synth --out runs/smoke-data --places 4 --views 2 --size 256
+    "$PYTHON" -m geopose_dist pack --source runs/smoke-data --out "$SHARDS" --reduce 1
+  fi
+fi
+[ -n "${SHARDS:-}" ] && command+=(--data.shards "$SHARDS")
+[ -z "$out_given" ] && command+=(--out "$OUT")
+command+=("$@")
+
+if [ -n "${DRY_RUN:-}" ]; then
+  printf 'OMP_NUM_THREADS=%s TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1' "$OMP_NUM_THREADS"
+  printf ' %q' "${command[@]}"
+  printf '\n'
+  exit 0
+fi
+
+# torchrun runs in the background because bash acts on a signal only between commands, and `wait` is one that a
+# signal ends. Every signal becomes SIGTERM: save, then leave. torchrun ignores none of them (see above).
+mkdir -p "$OUT"
+began=$(mktemp "$OUT/.launched.XXXXXX")
+trap 'rm -f "$began"' EXIT
+"${command[@]}" &
+child=$!
+trap 'kill -TERM "$child" 2>/dev/null || true' TERM INT HUP USR1 USR2
+code=0
+while :; do
+  code=0
+  wait "$child" || code=$?
+  kill -0 "$child" 2>/dev/null || break
+done
+
+# torchrun exits 1 whatever its ranks exit with; what they say is in the newest checkpoint. One from before this start
+# does not count, or a run that fails at once would be queued again for ever.
+if [ "$code" != 0 ]; then
+  newest=$(find "$OUT/checkpoints" -mindepth 2 -maxdepth 2 -path '*/step-*/state.json' -newer "$began" 2>/dev/null | sort | tail -n 1)
+  if [ -n "$newest" ] && grep -q '"preempted": *true' "$newest"; then
+    echo "launch/torchrun.sh: preempted after saving ${newest%/state.json}; run the same command again to go on" >&2
+    exit 75
+  fi
+fi
+exit "$code"
