@@ -1,0 +1,251 @@
+"""`geopose bench CASES...`: run named measurements and say what they were taken with.
+
+A case is a function in some `bench/cases_*.py`, listed there in `CASES` by its name; it gets those of
+`repeats`, `shards` and `recipe` that it asks for and returns one row or several: dicts with `case`,
+`tiles_per_s` and `spread`, or whatever unit it measures, and `baseline` and `speedup` where it stands beside
+one. The harness keeps libraries to one thread (the quantity that scales), prints a table, writes the JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import difflib
+import gc
+import importlib
+import inspect
+import json
+import os
+import pkgutil
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from geopose_dist import files
+from geopose_dist.errors import UserError
+
+Row = dict[str, Any]
+Case = Callable[..., Any]
+
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLOSC_NTHREADS")
+
+
+@dataclass(frozen=True)
+class BenchData:
+    """What the cases read."""
+
+    shards: Path | None = None
+    """Folder of shards, for the cases that read one."""
+
+
+@dataclass(frozen=True)
+class BenchRecipe:
+    """Which measurements to take."""
+
+    cases: list[str] = field(default_factory=list)
+    """Names of the cases, as words before the first option; none: all that can run."""
+    json: Path | None = None
+    """File for the results with machine, commit, command and date."""
+    repeats: int = 5
+    """How often each quantity is measured; the median is told, and the spread beside it."""
+    threads: int = 1
+    """Threads of each library inside a process; 0 leaves them as they are."""
+    data: BenchData = field(default_factory=BenchData)
+    """What the cases read."""
+    shards: Path | None = None
+    """Another name of --data.shards."""
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1:
+            raise ValueError(f"--repeats is {self.repeats}; wanted at least 1")
+        if self.threads < 0:
+            raise ValueError(f"--threads is {self.threads}; wanted 0 (as they are) or more")
+        if self.shards and self.data.shards and self.shards != self.data.shards:
+            raise ValueError(
+                f"--shards {self.shards} and --data.shards {self.data.shards} differ; give one of them"
+            )
+
+    @property
+    def folder(self) -> Path | None:
+        """The shards, by whichever name they were given."""
+        return self.shards or self.data.shards
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: the median over repeats, and the spread as a share of it.
+
+    The spread is half the distance between the quartiles (the whole range below four repeats) over the median.
+    """
+
+    median_s: float
+    spread: float
+
+
+def measure(call: Callable[[], object], repeats: int, warm_up: int = 1) -> Timing:
+    """Time `call` `repeats` times after `warm_up` calls that do not count; the garbage collector waits."""
+    for _ in range(warm_up):
+        call()
+    seconds = []
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for _ in range(repeats):
+            began = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - began)
+    finally:
+        if collecting:
+            gc.enable()
+    return timing(seconds)
+
+
+def timing(seconds: list[float]) -> Timing:
+    """Median and spread of measured seconds; see `Timing`."""
+    median = statistics.median(seconds)
+    if len(seconds) >= 4:
+        low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    else:
+        low, high = min(seconds), max(seconds)
+    return Timing(median, (high - low) / 2 / median if median > 0 else 0.0)
+
+
+@contextlib.contextmanager
+def pinned() -> Iterator[None]:
+    """Keep this thread on one core for the time of the block, where the system can: less noise."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(allowed)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def collect() -> dict[str, Case]:
+    """All cases by name, from every `cases_*.py` beside this file."""
+    import geopose_dist.bench as package
+
+    cases: dict[str, Case] = {}
+    for module in sorted(info.name for info in pkgutil.iter_modules(package.__path__)):
+        if module.startswith("cases_"):
+            found = importlib.import_module(f"{package.__name__}.{module}").CASES
+            twice = cases.keys() & found.keys()
+            assert not twice, f"two modules name a case {sorted(twice)}"
+            cases.update(found)
+    return cases
+
+
+def keep_to(threads: int) -> None:
+    """Keep the libraries of this process, and of processes that it starts, to so many threads."""
+    if threads == 0:
+        return
+    for name in _THREAD_VARIABLES:
+        os.environ[name] = str(threads)
+    import cv2
+
+    cv2.setNumThreads(threads)
+    if "torch" in sys.modules:  # a torch imported later reads the variables
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def chosen(names: list[str], known: Mapping[str, Case], shards: Path | None) -> list[str]:
+    """The cases to run; UserError for unknown names, and for named cases that lack their shards."""
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}" if near else ""
+            raise UserError(f"bench has no case {name!r}; it has: {', '.join(sorted(known))}{hint}")
+    needs = [name for name in names or known if shards is None and _requires_shards(known[name])]
+    if names and needs:
+        raise UserError(
+            f"bench {', '.join(needs)}: --shards is missing; give a folder made by `geopose pack`"
+        )
+    for name in needs:
+        print(f"bench: {name} is left out; it reads shards: give --shards", file=sys.stderr)
+    return list(names) or [name for name in known if name not in needs]
+
+
+def _requires_shards(case: Case) -> bool:
+    parameter = inspect.signature(case).parameters.get("shards")
+    return parameter is not None and parameter.default is inspect.Parameter.empty
+
+
+def rows_of(name: str, case: Case, offered: Mapping[str, object]) -> list[Row]:
+    """Run one case with the arguments that it asks for; every row names its case."""
+    wanted = inspect.signature(case).parameters
+    result = case(**{key: value for key, value in offered.items() if key in wanted})
+    rows = [result] if isinstance(result, Mapping) else list(result)
+    return [{"case": name, **row} for row in rows]
+
+
+def verdict(rows: list[Row]) -> str:
+    """One sentence per comparison: what is how many times as fast as what."""
+    said = [str(row["verdict"]) for row in rows if row.get("verdict")]
+    for row in rows:
+        if "speedup" in row and not row.get("verdict"):
+            beside = row.get("baseline", "its baseline")
+            said.append(f"{row['case']} is {row['speedup']:.2f} times as fast as {beside}")
+    return "; ".join(said) if said else "no comparison among these cases"
+
+
+def run(recipe: BenchRecipe) -> None:
+    """Take the measurements that `recipe` names (UserError for unknown cases)."""
+    from geopose_dist.bench import machine
+
+    keep_to(recipe.threads)
+    known = collect()
+    names = chosen(recipe.cases, known, recipe.folder)
+    offered = {"repeats": recipe.repeats, "shards": recipe.folder, "recipe": recipe}
+    rows: list[Row] = []
+    for name in names:
+        print(f"bench: {name} ...", file=sys.stderr, flush=True)
+        rows += rows_of(name, known[name], offered)
+    facts = {
+        "results": rows,
+        "verdict": verdict(rows),
+        "machine": machine.describe(),
+        "commit": machine.commit(),
+        "command": shlex.join(["geopose", *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "repeats": recipe.repeats,
+        "threads": recipe.threads,
+    }
+    if recipe.json is not None:
+        files.write_bytes(recipe.json, (json.dumps(facts, indent=1, default=_plain) + "\n").encode())
+    _print_table(rows, facts)
+
+
+def _plain(value: object) -> object:
+    """NumPy numbers and paths as JSON knows them."""
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def _print_table(rows: list[Row], facts: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = list(dict.fromkeys(key for row in rows for key in row if key != "verdict"))
+    cpu, cores = facts["machine"]["cpu"], facts["machine"]["cores"]
+    table = Table(caption=f"{cpu}, {cores} cores; {facts['date']}; commit {facts['commit'][:12]}")
+    for column in columns:
+        numbers = all(isinstance(row.get(column, 0), int | float) for row in rows)
+        table.add_column(column, justify="right" if numbers else "left")
+    for row in rows:
+        table.add_row(*(_shown(row.get(column, "")) for column in columns))
+    console = Console()
+    console.print(table)
+    console.print(facts["verdict"], markup=False)
+
+
+def _shown(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

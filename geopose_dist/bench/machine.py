@@ -1,0 +1,108 @@
+"""What a measurement must say of the machine and the program that it was taken with.
+
+Facts only, read from the kernel and from package metadata: no host name, no paths, no environment. Nothing
+heavy is imported; GPUs are asked for only where torch is loaded already or the caller wants them.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from geopose_dist.pool import usable_cores
+
+PACKAGES = (
+    "numpy",
+    "torch",
+    "torchvision",
+    "segmentation-models-pytorch",
+    "timm",
+    "opencv-python-headless",
+    "imagecodecs",
+    "tifffile",
+    "webdataset",
+    "ray",
+    "jsonargparse",
+)
+
+
+def cpu_name() -> str:
+    """Model name of the processor, as the kernel tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def memory_gib() -> float:
+    """Memory that processes here may use: the machine's, or the container's limit where that is lower."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):
+        pass  # no control groups, or the word "max"
+    return round(total / 2**30, 1)
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what speed and results depend on; absent packages are left out."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def gpus() -> list[dict[str, Any]]:
+    """Name, memory in GiB and compute capability of each CUDA device; imports torch."""
+    import torch
+
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        devices.append(
+            {
+                "name": facts.name,
+                "memory_gib": round(facts.total_memory / 2**30, 1),
+                "capability": f"{facts.major}.{facts.minor}",
+            }
+        )
+    return devices
+
+
+def describe() -> dict[str, Any]:
+    """The `machine` of a benchmark's JSON."""
+    return {
+        "cpu": cpu_name(),
+        "cores": usable_cores(),
+        "memory_gib": memory_gib(),
+        "gpus": gpus(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": versions(),
+    }
+
+
+def commit() -> str:
+    """The checkout's commit, "+changes" behind it where tracked files differ; "unknown" outside one."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return "unknown"
+    try:
+        head = _git(root, "rev-parse", "HEAD")
+        changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"  # no git here, or a checkout of somebody else's
+    return head + ("+changes" if changed else "")
+
+
+def _git(root: Path, *words: str) -> str:
+    done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
