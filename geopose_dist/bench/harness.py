@@ -80,7 +80,7 @@ class BenchRecipe:
 class Timing:
     """Seconds of one call: the median over repeats, and the spread as a share of it.
 
-    The spread is half the distance between the quartiles (the whole range below four repeats) over the median.
+    The spread is half the distance between the quartiles (below four repeats: half the range) over the median.
     """
 
     median_s: float
@@ -210,11 +210,13 @@ def run(recipe: BenchRecipe) -> None:
     for name in names:
         print(f"bench: {name} ...", file=sys.stderr, flush=True)
         rows += rows_of(name, known[name], offered)
+    commit, changed = machine.commit()
     facts = {
         "results": rows,
         "verdict": verdict(rows),
         "machine": machine.describe(),
-        "commit": machine.commit(),
+        "commit": commit,
+        "changed_since_commit": changed,
         "command": shlex.join(["geopose", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "repeats": recipe.repeats,

@@ -6,6 +6,7 @@ heavy is imported; GPUs are asked for only where torch is loaded already or the 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -43,10 +44,8 @@ def cpu_name() -> str:
 def memory_gib() -> float:
     """Memory that processes here may use: the machine's, or the container's limit where that is lower."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
+    with contextlib.suppress(OSError, ValueError):  # no control groups, or the word "max"
         total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):
-        pass  # no control groups, or the word "max"
     return round(total / 2**30, 1)
 
 
@@ -90,17 +89,17 @@ def describe() -> dict[str, Any]:
     }
 
 
-def commit() -> str:
-    """The checkout's commit, "+changes" behind it where tracked files differ; "unknown" outside one."""
+def commit() -> tuple[str, bool]:
+    """The checkout's commit, and whether its tracked files differ from it; "unknown" outside a checkout."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
-        return "unknown"
+        return "unknown", False
     try:
         head = _git(root, "rev-parse", "HEAD")
         changed = _git(root, "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"  # no git here, or a checkout of somebody else's
-    return head + ("+changes" if changed else "")
+        return "unknown", False  # no git here, or a checkout of somebody else's
+    return head, bool(changed)
 
 
 def _git(root: Path, *words: str) -> str:
