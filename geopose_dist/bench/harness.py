@@ -80,7 +80,7 @@ class BenchRecipe:
 class Timing:
     """Seconds of one call: the median over repeats, and the spread as a share of it.
 
-    The spread is half the distance between the quartiles (below four repeats: half the range) over the median.
+    The spread is half the distance between the quartiles (below four repeats: half the range) over it.
     """
 
     median_s: float
