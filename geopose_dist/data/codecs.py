@@ -1,0 +1,232 @@
+"""How pixels become the bytes of a shard's member and back: one table by extension, never pickle.
+
+RGB is uint8 [H, W, 3], heights are uint16 centimetres [H, W] with 65535 for unknown; every codec but `jpg`
+is lossless. QOI and LERC are the defaults because they decode fastest (FINDINGS 2.2 and 2.3); LERC also
+carries a checksum of itself. A member's bytes are judged before a decoder sees them: the size that the
+header claims against a limit or the size that the sample's facts promise, and the end mark against a cut.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import imagecodecs
+import numpy as np
+import numpy.typing as npt
+
+from geopose_dist.data.image_headers import MAX_PIXELS, claimed_size
+from geopose_dist.errors import UserError
+
+U8 = npt.NDArray[np.uint8]
+U16 = npt.NDArray[np.uint16]
+
+DECODE_ERRORS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    OSError,
+    struct.error,
+    EOFError,
+)
+"""What the decoders raise on damaged bytes: imagecodecs' errors are RuntimeErrors, tifffile's a wide mix."""
+
+
+@dataclass(frozen=True)
+class Codec:
+    """One way to store pixels.
+
+    Attributes:
+        name: what `--codec.rgb` or `--codec.agl` takes.
+        extension: last part of the member's name.
+        lossless: whether decoding gives back every bit.
+        encode: array to bytes.
+        decode: bytes to array.
+        end: bytes that a whole file ends with; decoders of some formats accept a cut one silently.
+    """
+
+    name: str
+    extension: str
+    lossless: bool
+    encode: Callable[[Any], bytes | bytearray]
+    decode: Callable[[bytes], Any]
+    end: bytes = b""
+
+
+def _tiff(agl_cm: npt.NDArray[Any]) -> bytes:
+    import tifffile
+
+    buffer = io.BytesIO()
+    # One strip, no metadata: the same heights give the same bytes, and any GIS opens them.
+    tifffile.imwrite(
+        buffer,
+        agl_cm,
+        compression="deflate",
+        predictor=True,
+        rowsperstrip=agl_cm.shape[0],
+        metadata=None,
+        software=False,
+    )
+    return buffer.getvalue()
+
+
+def _from_tiff(data: bytes) -> npt.NDArray[Any]:
+    import tifffile
+
+    with tifffile.TiffFile(io.BytesIO(data)) as tif:
+        page = tif.pages.first
+        # tifffile fills what a cut file lacks with zeros; look for every strip before decoding.
+        reaches = [
+            offset + count for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True)
+        ]
+        if not reaches or max(reaches) > len(data) or 0 in page.databytecounts:
+            raise ValueError("the file is cut short")
+        if page.imagewidth * page.imagelength * page.samplesperpixel > MAX_PIXELS * 3:
+            raise ValueError(f"it claims {page.imagelength} x {page.imagewidth} pixels")
+        return np.asarray(page.asarray())
+
+
+def _htj2k(pixels: npt.NDArray[Any]) -> bytes:
+    # Reversible only: imagecodecs' irreversible path wraps around where values clip (FINDINGS 2.2).
+    return bytes(imagecodecs.htj2k_encode(pixels, reversible=True))
+
+
+def _table(*codecs: Codec) -> dict[str, Codec]:
+    return {codec.extension: codec for codec in codecs}
+
+
+_PNG_END = b"IEND\xaeB`\x82"
+
+RGB_CODECS: dict[str, Codec] = _table(
+    Codec("qoi", "qoi", True, imagecodecs.qoi_encode, imagecodecs.qoi_decode, end=bytes(7) + b"\1"),
+    Codec(
+        "png",
+        "png",
+        True,
+        lambda rgb: imagecodecs.png_encode(rgb, level=3),
+        imagecodecs.png_decode,
+        end=_PNG_END,
+    ),
+    Codec("htj2k", "jph", True, _htj2k, imagecodecs.htj2k_decode, end=b"\xff\xd9"),
+    Codec(
+        "webp",
+        "webp",
+        True,
+        lambda rgb: imagecodecs.webp_encode(rgb, lossless=True, method=4),
+        imagecodecs.webp_decode,
+    ),
+    Codec(
+        "jpg",
+        "jpg",
+        False,
+        lambda rgb: imagecodecs.jpeg8_encode(rgb, level=95, subsampling="444"),
+        imagecodecs.jpeg8_decode,
+        end=b"\xff\xd9",
+    ),
+)
+"""RGB codecs by extension."""
+
+AGL_CODECS: dict[str, Codec] = _table(
+    Codec("lerc", "lerc", True, lambda agl: imagecodecs.lerc_encode(agl, level=0), imagecodecs.lerc_decode),
+    Codec("tif", "tif", True, _tiff, _from_tiff),
+    Codec(
+        "png",
+        "png",
+        True,
+        lambda agl: imagecodecs.png_encode(agl, level=6),
+        imagecodecs.png_decode,
+        end=_PNG_END,
+    ),
+    Codec("htj2k", "jph", True, _htj2k, imagecodecs.htj2k_decode, end=b"\xff\xd9"),
+)
+"""Height codecs by extension."""
+
+
+def names(table: dict[str, Codec]) -> list[str]:
+    """What `--codec.rgb` or `--codec.agl` may be."""
+    return [codec.name for codec in table.values()]
+
+
+def by_name(table: dict[str, Codec], codec: str) -> Codec:
+    """The codec of a table by its name or its extension (UserError)."""
+    for known in table.values():
+        if codec in (known.name, known.extension):
+            return known
+    raise UserError(f"codec {codec!r} is not known; wanted one of: {', '.join(names(table))}")
+
+
+def encode_rgb(codec: str, rgb: U8) -> bytes:
+    """Bytes of uint8 [H, W, 3] by a codec's name or extension (UserError: no such codec)."""
+    assert (rgb.dtype, rgb.shape[2:]) == (np.uint8, (3,)), (rgb.dtype, rgb.shape)
+    return bytes(by_name(RGB_CODECS, codec).encode(np.ascontiguousarray(rgb)))
+
+
+def encode_agl(codec: str, agl_cm: U16) -> bytes:
+    """Bytes of uint16 centimetres [H, W] by a codec's name or extension (UserError: no such codec)."""
+    assert (agl_cm.dtype, agl_cm.ndim) == (np.uint16, 2), (agl_cm.dtype, agl_cm.shape)
+    return bytes(by_name(AGL_CODECS, codec).encode(np.ascontiguousarray(agl_cm)))
+
+
+def decode_rgb(extension: str, data: bytes, where: str, size: tuple[int, int] | None = None) -> U8:
+    """Pixels uint8 [H, W, 3] of a member's bytes.
+
+    `size` is what the sample's facts promise; a header that claims another is refused before decoding.
+    UserError naming `where`: unknown extension, damaged bytes, another size or kind of pixels.
+    """
+    rgb = _decode(RGB_CODECS, extension, data, where, size)
+    if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3:
+        raise UserError(
+            f"{where}: {rgb.dtype} of shape {rgb.shape}; wanted uint8 with three bands (H, W, 3); pack again"
+        )
+    return rgb
+
+
+def decode_agl(extension: str, data: bytes, where: str, size: tuple[int, int] | None = None) -> U16:
+    """Heights uint16 centimetres [H, W], 65535 = unknown, of a member's bytes; errors as `decode_rgb`."""
+    agl_cm = _decode(AGL_CODECS, extension, data, where, size)
+    if agl_cm.dtype != np.uint16 or agl_cm.ndim != 2:
+        raise UserError(
+            f"{where}: {agl_cm.dtype} of shape {agl_cm.shape}; wanted uint16 with one band (H, W); pack again"
+        )
+    return agl_cm
+
+
+def _decode(
+    table: dict[str, Codec], extension: str, data: bytes, where: str, size: tuple[int, int] | None
+) -> npt.NDArray[Any]:
+    codec = table.get(extension)
+    if codec is None:
+        raise UserError(
+            f"{where}: extension {extension!r} has no decoder here; wanted one of: {', '.join(table)}; "
+            "pack again with one of these"
+        )
+    claimed = claimed_size(data)
+    if claimed is None and extension != "tif":
+        raise UserError(f"{where}: damaged: no {codec.name} header in its {len(data)} bytes; {_REMEDY}")
+    if claimed is not None and not (min(claimed) > 0 and claimed[0] * claimed[1] <= MAX_PIXELS):
+        raise UserError(
+            f"{where}: refused: its header claims {claimed[0]} x {claimed[1]} pixels; "
+            f"wanted at most {MAX_PIXELS} in all"
+        )
+    if claimed is not None and size is not None and claimed != size:
+        raise UserError(
+            f"{where}: {claimed[0]} x {claimed[1]} pixels, but the sample's facts say "
+            f"{size[0]} x {size[1]}; {_REMEDY}"
+        )
+    if not data.endswith(codec.end):
+        raise UserError(f"{where}: damaged: its {len(data)} bytes lack the {codec.name} end mark; {_REMEDY}")
+    try:
+        pixels: npt.NDArray[Any] = codec.decode(data)
+    except DECODE_ERRORS as error:
+        raise UserError(f"{where}: damaged: {codec.name} decoder says {error}; {_REMEDY}") from error
+    if size is not None and pixels.shape[:2] != size:
+        raise UserError(f"{where}: {pixels.shape[:2]} pixels, the sample's facts say {size}; {_REMEDY}")
+    return pixels
+
+
+_REMEDY = "run `geopose verify --deep` to find every such member, then pack again"
