@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -76,7 +76,7 @@ def parse(recipe: type[Recipe], argv: Sequence[str], *, prog: str, description: 
 
     parser = parser_for(recipe, prog, description)
     try:
-        parsed = parser.parse_args(_normalised(argv, _list_fields(recipe)))
+        parsed = parser.parse_args(_normalised(argv, _list_fields(recipe), getattr(recipe, "ALIASES", {})))
         parts = parser.instantiate(parsed) if hasattr(parser, "instantiate") else parser.instantiate_classes(parsed)
     except jsonargparse.ArgumentError as error:
         raise UserError(_one_sentence(error, prog, parser)) from error
@@ -101,8 +101,12 @@ def _list_fields(recipe: type[Any]) -> set[str]:
     return {f.name for f in dataclasses.fields(recipe) if str(f.type).startswith(("list[", "tuple["))}
 
 
-def _normalised(argv: Sequence[str], lists: set[str]) -> list[str]:
-    """Options with underscores, recipe names as paths, `--list a b` as one JSON list."""
+def _normalised(argv: Sequence[str], lists: set[str], aliases: Mapping[str, str]) -> list[str]:
+    """Options with underscores, recipe names as paths, `--list a b` as one JSON list, other names as the field's.
+
+    A recipe class may have `ALIASES: ClassVar[Mapping[str, str]]`, another name of an option -> its field
+    (`--from` cannot be a field's name, because `from` is a word of Python).
+    """
     result: list[str] = []
     expects_recipe = False
     words = list(argv)
@@ -120,6 +124,7 @@ def _normalised(argv: Sequence[str], lists: set[str]) -> list[str]:
         elif word.startswith("--"):
             option, equals, value = word.partition("=")
             option = "--" + option[2:].replace("-", "_")
+            option = "--" + aliases.get(option[2:], option[2:])
             if option == "--config" and equals:
                 value = str(find_recipe(value))
             expects_recipe = option == "--config" and not equals
