@@ -162,13 +162,15 @@ def by_name(table: dict[str, Codec], codec: str) -> Codec:
 
 def encode_rgb(codec: str, rgb: U8) -> bytes:
     """Bytes of uint8 [H, W, 3] by a codec's name or extension (UserError: no such codec)."""
-    assert (rgb.dtype, rgb.shape[2:]) == (np.uint8, (3,)), (rgb.dtype, rgb.shape)
+    assert rgb.dtype == np.uint8, rgb.dtype
+    assert rgb.shape[2:] == (3,), rgb.shape
     return bytes(by_name(RGB_CODECS, codec).encode(np.ascontiguousarray(rgb)))
 
 
 def encode_agl(codec: str, agl_cm: U16) -> bytes:
     """Bytes of uint16 centimetres [H, W] by a codec's name or extension (UserError: no such codec)."""
-    assert (agl_cm.dtype, agl_cm.ndim) == (np.uint16, 2), (agl_cm.dtype, agl_cm.shape)
+    assert agl_cm.dtype == np.uint16, agl_cm.dtype
+    assert agl_cm.ndim == 2, agl_cm.shape
     return bytes(by_name(AGL_CODECS, codec).encode(np.ascontiguousarray(agl_cm)))
 
 
