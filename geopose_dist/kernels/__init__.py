@@ -1,0 +1,220 @@
+"""Checked Python doors of the compiled kernels; nothing outside this package calls the `_*.pyx` directly.
+
+`rectify` moves a tile to its ground position; `invert_flow` says where each surface comes to lie when it
+moves against the flow; `gather` resamples a tile once through any composition of affine map and raised
+heights. All are pure, work on any size, keep (row, column) order, release the GIL, and have slow NumPy twins in
+`reference.py` that say what they compute. Wrong arguments are ValueErrors: name, found, wanted.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from geopose_dist.geometry import F32, direction
+from geopose_dist.kernels import _gather, _sight, _splat
+
+U8 = npt.NDArray[np.uint8]
+Mask = npt.NDArray[np.bool_]
+
+BLOCK = 16
+"""Side of the blocks whose tallest surface tells lines of sight what to skip."""
+MAX_SIDE = 32767
+"""Pixels per side at most: the splat numbers pixels in 31 bits."""
+
+_NO_AGL = np.zeros((1, 1), np.float32)
+
+
+def _check_rgb(rgb: U8, name: str = "rgb") -> U8:
+    if not isinstance(rgb, np.ndarray) or rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3:
+        raise ValueError(f"{name} is {_said(rgb)}; wanted uint8 [H, W, 3]")
+    _check_sides(rgb, name)
+    return np.ascontiguousarray(rgb)
+
+
+def _check_plane(plane: F32, name: str, like: U8 | None = None) -> F32:
+    if not isinstance(plane, np.ndarray) or plane.dtype != np.float32 or plane.ndim != 2:
+        raise ValueError(f"{name} is {_said(plane)}; wanted float32 [H, W]")
+    if like is not None and plane.shape != like.shape[:2]:
+        raise ValueError(f"{name} is {_said(plane)}; wanted the size of rgb, {like.shape[:2]}")
+    _check_sides(plane, name)
+    return np.ascontiguousarray(plane)
+
+
+def _check_sides(array: npt.NDArray[np.generic], name: str) -> None:
+    if not all(1 <= side <= MAX_SIDE for side in array.shape[:2]):
+        raise ValueError(f"{name} has size {array.shape[:2]}; wanted sides of 1 to {MAX_SIDE}")
+
+
+def _said(value: object) -> str:
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {list(value.shape)}"
+    return f"a {type(value).__name__}"
+
+
+def _check_number(value: float, name: str, wanted: str, low: float, low_allowed: bool = False) -> float:
+    number = float(value)
+    if not math.isfinite(number) or number < low or (number == low and not low_allowed):
+        raise ValueError(f"{name} is {value}; wanted {wanted}")
+    return number
+
+
+def _check_pose(scale_px_per_m: float, angle_rad: float) -> tuple[float, float, float]:
+    """(scale, dir_y, dir_x)."""
+    scale = _check_number(scale_px_per_m, "scale_px_per_m", "a finite number above 0", 0.0)
+    angle = _check_number(angle_rad, "angle_rad", "a finite number of radians", -math.inf)
+    x, y = direction(angle)
+    return scale, y, x
+
+
+def rectify(rgb: U8, agl_m: F32, scale_px_per_m: float, angle_rad: float) -> tuple[U8, F32, Mask]:
+    """Move every pixel of an oblique tile to its position on the ground.
+
+    Args:
+        rgb: uint8 [H, W, 3].
+        agl_m: float32 [H, W] metres; NaN = unknown: stays where it is and loses to everything known.
+        scale_px_per_m: flow pixels per metre.
+        angle_rad: flow direction (geometry.flow_xy).
+
+    Returns:
+        (rgb uint8 [H, W, 3], agl_m float32 [H, W], occluded bool [H, W]): where several surfaces land on one
+        ground pixel the tallest stays, of equals the first in raster order. Occluded pixels (no surface
+        landed) have colour 0 and height NaN; one-pixel cracks of stretched slopes are closed.
+    """
+    rgb = _check_rgb(rgb)
+    agl_m = _check_plane(agl_m, "agl_m", rgb)
+    scale, dir_y, dir_x = _check_pose(scale_px_per_m, angle_rad)
+    winner = np.empty(agl_m.shape, np.int32)
+    _splat.splat(agl_m, scale, dir_y, dir_x, winner)
+    out_rgb, out_agl, occluded = np.empty_like(rgb), np.empty_like(agl_m), np.empty(agl_m.shape, np.uint8)
+    _splat.settle(rgb, agl_m, winner, out_rgb, out_agl, occluded)
+    return out_rgb, out_agl, occluded.view(np.bool_)
+
+
+def invert_flow(
+    agl_m: F32, px_per_m: float, angle_rad: float, *, facade_px_per_px: float | None = None
+) -> F32:
+    """Shift of the surface seen at each pixel after every surface moved AGAINST the flow.
+
+    A surface of height h at position p appears at p - h * px_per_m * (sin angle, cos angle). For each output
+    pixel this finds the first surface that its line of sight meets, so the surface came from
+    p + shift * (sin angle, cos angle). To raise heights by f, px_per_m is scale * (f - 1).
+
+    Args:
+        agl_m: float32 [H, W] metres; below 0 counts as 0; unknown (NaN) is filled along the line of sight.
+        px_per_m: pixels of movement per metre, >= 0.
+        angle_rad: flow direction.
+        facade_px_per_px: how fast the shift falls along a facade hidden in an unknown stretch (f - 1 when
+            raising by f); None: at once, a roof ends where the unknown begins.
+
+    Returns:
+        float32 [H, W] pixels >= 0; NaN where the line of sight leaves the tile.
+    """
+    agl_m = _check_plane(agl_m, "agl_m")
+    per_m = _check_number(px_per_m, "px_per_m", "a finite number >= 0", 0.0, low_allowed=True)
+    _, dir_y, dir_x = _check_pose(1.0, angle_rad)
+    drop = 1e30 if facade_px_per_px is None else _check_number(facade_px_per_px, "facade_px_per_px", ">= 0", 0.0, True)
+    shift = np.empty_like(agl_m)
+    unknown, tallest = _sight.shifts(agl_m, shift, per_m)
+    if unknown:
+        step = 1 / max(abs(dir_y), abs(dir_x))
+        _sight.fill_unknown(agl_m, shift, np.empty((2, *agl_m.shape), np.float32), dir_y, dir_x, drop * step)
+        tallest = float(shift.max())
+    if tallest == 0:
+        return shift
+    if tallest > 4 * max(agl_m.shape):
+        # Nothing so tall can be met inside the tile from farther than its sides; keep the tables small.
+        np.minimum(shift, np.float32(4 * max(agl_m.shape)), out=shift)
+        tallest = float(shift.max())
+    blocks = np.empty([-(-side // BLOCK) for side in agl_m.shape], np.float32)
+    _sight.block_tallest(shift, blocks)
+    out = np.empty_like(agl_m)
+    _sight.follow(shift, blocks, out, dir_y, dir_x, tallest)
+    return out
+
+
+@dataclass(frozen=True)
+class Raised:
+    """What `gather` needs to know of raised heights.
+
+    Attributes:
+        shift_px: `invert_flow` of the tile with px_per_m = scale * (factor - 1).
+        angle_rad: flow direction.
+        agl_per_shift: new height in metres per pixel of shift: factor / px_per_m.
+    """
+
+    shift_px: F32
+    angle_rad: float
+    agl_per_shift: float
+
+
+def gather(
+    rgb: U8,
+    agl_m: F32 | None,
+    matrix: npt.NDArray[np.float64],
+    size: tuple[int, int],
+    raised: Raised | None = None,
+    fill: tuple[int, int, int] = (0, 0, 0),
+) -> tuple[U8, F32 | None, Mask | None]:
+    """Resample a tile once.
+
+    Args:
+        rgb: uint8 [H, W, 3], read bilinearly.
+        agl_m: float32 [H, W] or None, read at the nearest pixel.
+        matrix: float64 [2, 3]: output (row, column, 1) to the place (row, column) in the (raised) tile.
+        size: rows and columns of the output.
+        raised: heights to raise on the way.
+        fill: colour outside the tile.
+
+    Returns:
+        (rgb uint8 [rows, cols, 3], agl_m float32 [rows, cols] or None with NaN outside, inside bool
+        [rows, cols] or None where every pixel is inside).
+    """
+    rgb = _check_rgb(rgb)
+    agl = _NO_AGL if agl_m is None else _check_plane(agl_m, "agl_m", rgb)
+    m = np.ascontiguousarray(matrix, np.float64)
+    if m.shape != (2, 3) or not np.isfinite(m).all():
+        raise ValueError(f"matrix is {_said(m)}, {m.tolist()}; wanted finite float64 [2, 3]")
+    rows, cols = (int(side) for side in size)
+    if not (1 <= rows <= MAX_SIDE and 1 <= cols <= MAX_SIDE):
+        raise ValueError(f"size is {size}; wanted sides of 1 to {MAX_SIDE}")
+    shift, dir_y, dir_x, per_shift = _NO_AGL, 0.0, 0.0, 0.0
+    if raised is not None:
+        shift = _check_plane(raised.shift_px, "raised.shift_px", rgb)
+        _, dir_y, dir_x = _check_pose(1.0, raised.angle_rad)
+        per_shift = _check_number(raised.agl_per_shift, "raised.agl_per_shift", "a finite number > 0", 0.0)
+    out_rgb = np.empty((rows, cols, 3), np.uint8)
+    out_agl = np.empty((rows, cols) if agl_m is not None else (1, 1), np.float32)
+    inside = np.empty((rows, cols), np.uint8)
+    outside = _gather.gather(
+        rgb, agl, agl_m is not None, shift, raised is not None, dir_y, dir_x, per_shift,
+        m.reshape(6), np.array(fill, np.uint8), out_rgb, out_agl, inside,
+    )  # fmt: skip
+    return out_rgb, out_agl if agl_m is not None else None, inside.view(np.bool_) if outside else None
+
+
+def tone(rgb: U8, table: U8, noise: npt.NDArray[np.int8] | None = None, random: U8 | None = None) -> U8:
+    """Change colours by a table, then add noise looked up by random bytes.
+
+    Args:
+        rgb: uint8 [H, W, 3]; not changed.
+        table: uint8 [3, 256], by channel.
+        noise: int8 [256], what each random byte adds; None for no noise.
+        random: uint8 [H * W * 3], needed with noise.
+    """
+    out = _check_rgb(rgb).copy()
+    if table.dtype != np.uint8 or table.shape != (3, 256):
+        raise ValueError(f"table is {_said(table)}; wanted uint8 [3, 256]")
+    if noise is None or random is None:
+        empty = np.zeros(1, np.uint8)
+        _gather.tone(out, np.ascontiguousarray(table), empty.view(np.int8), empty, False)
+        return out
+    if noise.dtype != np.int8 or noise.shape != (256,):
+        raise ValueError(f"noise is {_said(noise)}; wanted int8 [256]")
+    if random.dtype != np.uint8 or random.shape != (out.size,):
+        raise ValueError(f"random is {_said(random)}; wanted uint8 [{out.size}]")
+    _gather.tone(out, np.ascontiguousarray(table), noise, np.ascontiguousarray(random), True)
+    return out
