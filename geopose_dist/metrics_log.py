@@ -31,15 +31,17 @@ def track(items: Iterable[Item], *, total: int, label: str, unit: str = "tiles")
 class Progress:
     """A progress display; see `track` for the usual way to use it."""
 
-    def __init__(self, total: int, label: str, unit: str = "tiles", start: int = 0) -> None:
-        self.total, self.label, self.unit = total, label, unit
+    def __init__(
+        self, total: int, label: str, unit: str = "tiles", start: int = 0, silent: bool = False
+    ) -> None:
+        self.total, self.label, self.unit, self.silent = total, label, unit, silent
         self.done = self._start = start
         self._began = self._said = time.monotonic()
         self._note = ""
         self._bar: Any = None
 
     def __enter__(self) -> Progress:
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not self.silent:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as RichProgress
@@ -63,7 +65,7 @@ class Progress:
         self._note = note or self._note
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, rate=f"{self.rate():.3g}", note=self._note)
-        elif time.monotonic() - self._said >= PLAIN_LINE_EVERY_S:
+        elif not self.silent and time.monotonic() - self._said >= PLAIN_LINE_EVERY_S:
             self._said = time.monotonic()
             print(self._line(), file=sys.stderr, flush=True)
 
@@ -82,5 +84,56 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif kind is None:
+        elif kind is None and not self.silent:
             print(self._line(), file=sys.stderr, flush=True)
+
+
+class MetricsLog:
+    """`metrics.jsonl` and `validation.jsonl` of a run folder, and TensorBoard beside them; rank 0 alone writes.
+
+    Lines of steps after `step`, left by a run that was killed after its last checkpoint, are dropped at
+    the start: going on writes them again.
+    """
+
+    def __init__(self, run: Path, step: int, tensorboard: bool) -> None:
+        run.mkdir(parents=True, exist_ok=True)
+        self._files = {name: run / f"{name}.jsonl" for name in ("metrics", "validation")}
+        for path in self._files.values():
+            _keep_until(path, step)
+        self._board: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+
+    def write(self, kind: str, line: dict[str, Any]) -> None:
+        """Append one object, with `step` in it, to `metrics` or `validation`, and flush it."""
+        with self._files[kind].open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self._board is not None:
+            for name, value in line.items():
+                if isinstance(value, int | float) and name != "step":
+                    self._board.add_scalar(f"{kind}/{name}", value, line["step"])
+
+    def close(self) -> None:
+        """Flush TensorBoard."""
+        if self._board is not None:
+            self._board.close()
+
+
+def _keep_until(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines()
+    kept = [line for line in lines if _step_of(line) <= step]
+    if len(kept) < len(lines):
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept))
+        temporary.replace(path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # the half line of a killed run

@@ -112,7 +112,7 @@ def denominators(recipe: LossRecipe, targets: Targets) -> Tensor:
     else:
         agl = labels.height_weight.double().sum()
     poses = labels.posed.double().sum()
-    flow = (labels.flow_weight * labels.magnitude_px.square()).double().sum()
+    flow = (labels.flow_weight * labels.agl_m.square()).double().sum()
     edges = labels.edge.double().sum()
     return torch.stack([agl, labels.flow_weight.double().sum(), 2 * poses, poses, edges, poses, flow])
 
@@ -122,8 +122,8 @@ def numerators(recipe: LossRecipe, prediction: Prediction, targets: Targets) -> 
 
     agl: (p - t)^2, or Huber, over known heights. mag: (p - t)^2 of magnitudes. angle: (p - t)^2 of both
     direction components, or 2 (1 - cos). unit: (|v| - 1)^2. pixel_angle: 1 - cos of each pixel's vector,
-    weighted by the true height's step. scale: (p - t)^2. flow: squared length of the difference of the
-    flows agl * scale * direction / |direction|.
+    weighted by the true height's step. scale: (p - t)^2, or log(p / t)^2. flow: squared length of the
+    difference of the flows agl * scale * direction / |direction|, over the square of the true scale.
     """
     labels = _labels(recipe, targets)
     agl, magnitude = prediction.agl_m.float(), prediction.magnitude_px.float()
@@ -138,6 +138,11 @@ def numerators(recipe: LossRecipe, prediction: Prediction, targets: Targets) -> 
         angle = (vector - labels.direction).square().sum(dim=1)
     else:
         angle = 2 * (1 - (unit * labels.direction).sum(dim=1))
+    if recipe.scale == "mse":
+        scale_error = (scale - labels.scale).square()
+    else:
+        ratio = scale.clamp(min=1e-6) / torch.where(labels.posed > 0, labels.scale, 1.0)
+        scale_error = ratio.log().square()
     zero = error.new_zeros(())
     pixel_angle, flow = zero, zero
     if recipe.pixel_direction_weight > 0 and prediction.direction_map is not None:
@@ -145,8 +150,9 @@ def numerators(recipe: LossRecipe, prediction: Prediction, targets: Targets) -> 
         cosine = (field * labels.direction[:, :, None, None]).sum(dim=1, keepdim=True)
         pixel_angle = (labels.edge * (1 - cosine)).sum()
     if recipe.flow_weight > 0:
-        predicted = (agl * scale[:, None, None, None]) * unit[:, :, None, None]
-        truth = labels.magnitude_px * labels.direction[:, :, None, None]
+        ratio = scale / torch.where(labels.posed > 0, labels.scale, 1.0)
+        predicted = (agl * ratio[:, None, None, None]) * unit[:, :, None, None]
+        truth = labels.agl_m * labels.direction[:, :, None, None]
         flow = (labels.flow_weight * (predicted - truth).square()).sum()
     return torch.stack(
         [
@@ -155,7 +161,7 @@ def numerators(recipe: LossRecipe, prediction: Prediction, targets: Targets) -> 
             (labels.posed * angle).sum(),
             (labels.posed * (length - 1).square()).sum(),
             pixel_angle,
-            (labels.posed * (scale - labels.scale).square()).sum(),
+            (labels.posed * scale_error).sum(),
             flow,
         ]
     )

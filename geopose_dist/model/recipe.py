@@ -22,8 +22,8 @@ class ModelRecipe:
     """Normalisation in the decoder. With batchnorm, running buffers depend on how a batch was cut."""
     height: Literal["linear", "softplus"] = "softplus"
     """Height head: the benchmark's linear map, or softplus, which is never negative."""
-    height_mean_m: float = 3.0
-    """Height that an untrained softplus head answers with; a mean of the data saves the first steps."""
+    height_mean_m: float | None = None
+    """Height that an untrained softplus head answers with; unset: the training tiles' mean."""
     magnitude: Literal["separate", "derived"] = "derived"
     """Flow magnitude: a map of its own (benchmark), or height times scale."""
     direction: Literal["edges", "pooled"] = "edges"
@@ -32,8 +32,8 @@ class ModelRecipe:
     scale: Literal["least_squares", "pooled"] = "pooled"
     """Scale: least squares of magnitude on height (benchmark; needs magnitude: separate), or a positive
     number from the pooled deepest features."""
-    scale_mean_px_per_m: float = 0.5
-    """Scale that an untrained pooled head answers with."""
+    scale_mean_px_per_m: float | None = None
+    """Scale that an untrained pooled head answers with; unset: the training tiles' mean."""
     dropout: float = 0.0
     """Dropout before the pooled direction head (benchmark: 0.5)."""
     gsd_input: bool = False
@@ -49,8 +49,10 @@ class ModelRecipe:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout is {self.dropout}; wanted 0 <= dropout < 1")
-        if self.height_mean_m <= 0 or self.scale_mean_px_per_m <= 0:
-            raise ValueError("model.height_mean_m and model.scale_mean_px_per_m must be above 0")
+        for name in ("height_mean_m", "scale_mean_px_per_m"):
+            mean = getattr(self, name)
+            if mean is not None and mean <= 0:
+                raise ValueError(f"model.{name} is {mean}; wanted a number above 0")
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,14 @@ class LossRecipe:
     """Weight of (|direction| - 1)^2, which keeps the vector from shrinking under the cosine term."""
     pixel_direction_weight: float = 0.0
     """Weight of one minus the cosine of the per-pixel vectors where true heights change (model.direction edges)."""
+    scale: Literal["mse", "log"] = "mse"
+    """Scale term: mean square error (px/m)^2 (benchmark), or mean square of the log of the ratio, under which
+    a city seen at a low scale counts as much as one seen at a high scale."""
     scale_weight: float = 10.0
-    """Weight of the mean square error of the scale (px/m)^2."""
+    """Weight of the scale term."""
     flow_weight: float = 0.0
-    """Weight of the squared error of the flow itself over the flow's sum of squares: the thing scored."""
+    """Weight of the squared error of the flow itself, the thing scored, over the flow's sum of squares; both
+    in metres (pixels over the true scale), so that tiles seen at a low scale count alike."""
     reduction: Literal["pooled", "per_image"] = "pooled"
     """Per-pixel terms over all known pixels of the batch (benchmark's code), or mean of per-image means
     (the tutorial's text)."""

@@ -47,11 +47,11 @@ class GeoposeNet(nn.Module):
         if recipe.direction == "pooled":
             self.direction = nn.Linear(deepest, 2)
         if recipe.scale == "pooled":
-            self.scale = heads.PooledScale(deepest, recipe.scale_mean_px_per_m, recipe.gsd_input)
+            self.scale = heads.PooledScale(deepest, recipe.scale_mean_px_per_m or 0.5, recipe.gsd_input)
         if recipe.height == "softplus":
             start = self.unet.segmentation_head[0].bias
             with torch.no_grad():
-                start[0] = heads.inverse_softplus(recipe.height_mean_m)
+                start[0] = heads.inverse_softplus(recipe.height_mean_m or 4.0)
 
     def forward(self, rgb_u8: Tensor, gsd_m: Tensor, inside: Tensor | None = None) -> Prediction:
         """Predict a batch.

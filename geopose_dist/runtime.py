@@ -1,0 +1,148 @@
+"""Ranks, devices and the request to stop, under one vocabulary.
+
+A `World` is what torchrun's environment says (rank, world size, local rank) and the device of this rank.
+Alone, without torchrun, it is a world of one and no process group exists. Control values (stop requests,
+the clock) travel in a gloo group on the CPU, so agreeing on them never waits for a GPU.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from geopose_dist.errors import UserError
+
+TIMEOUT = datetime.timedelta(minutes=10)
+"""How long a collective may wait for a lost peer."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+"""Signals that ask for a save and exit code 75; the second is what batch systems send before a time limit."""
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among the ranks.
+
+    Attributes:
+        rank: 0 .. size - 1.
+        size: number of ranks in all (torchrun's WORLD_SIZE).
+        local_rank: number on this host.
+        local_size: ranks on this host.
+        device: where this rank computes.
+        control: gloo group for values on the CPU; None in a world of one.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    control: Any = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes files and speaks."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of `values` over ranks, in place, by the group of the tensor's own device."""
+        if self.size > 1:
+            dist.all_reduce(values, group=self.control if values.device.type == "cpu" else None)
+        return values
+
+    def gather(self, values: Tensor) -> list[Tensor]:
+        """CPU tensors of one shape from all ranks, in the order of ranks."""
+        if self.size == 1:
+            return [values]
+        gathered = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(gathered, values, group=self.control)
+        return gathered
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Small picklable values from all ranks of this job, in the order of ranks."""
+        if self.size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value, group=self.control)
+        return gathered
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.size > 1:
+            dist.barrier(group=self.control)
+
+
+@contextmanager
+def join_world(device: Device) -> Iterator[World]:
+    """Join the ranks that torchrun started, or be a world of one; leaves the process group at the end."""
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    chosen = choose_device(device, local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    else:
+        # torchrun sets one thread per rank whatever the number of cores; share what this host really has.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // local_size))
+    if size == 1:
+        yield World(rank, size, local_rank, local_size, chosen)
+        return
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT, device_id=chosen if backend == "nccl" else None)
+    try:
+        control = dist.new_group(backend="gloo", timeout=TIMEOUT) if backend == "nccl" else dist.group.WORLD
+        yield World(rank, size, local_rank, local_size, chosen, control)
+    finally:
+        dist.destroy_process_group()
+
+
+def choose_device(device: Device, local_rank: int = 0) -> torch.device:
+    """The device of a local rank; asking for a GPU that is not there is a UserError."""
+    count = torch.cuda.device_count() if device != "cpu" else 0
+    if device == "cpu" or (device == "auto" and count == 0):
+        return torch.device("cpu")
+    if local_rank >= count:
+        raise UserError(
+            f"local rank {local_rank} wants GPU {local_rank}, and this host has {count}; start at most {count} "
+            "ranks per host, or set --device cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+class StopRequest:
+    """Remembers that a signal asked this process to stop; the loop asks once a step.
+
+    Used as a context manager around the work: the former handlers come back at its end.
+    """
+
+    def __init__(self) -> None:
+        self.signal_name = ""
+        self._former: dict[signal.Signals, Callable[..., Any] | int | None] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._former = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
+        self.signal_name = signal.Signals(number).name
+
+    def __bool__(self) -> bool:
+        return bool(self.signal_name)

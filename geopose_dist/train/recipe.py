@@ -1,0 +1,144 @@
+"""Everything that a training run is, in one tree of frozen dataclasses; no torch here."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from geopose_dist.augment.recipe import AugmentRecipe
+from geopose_dist.data.recipe import DataRecipe
+from geopose_dist.model.recipe import LossRecipe, ModelRecipe
+
+LENGTH = re.compile(r"^\s*([0-9.]+)\s*(epoch|step|minute)s?\s*$")
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a run is: a number of epochs, steps or minutes."""
+
+    value: float
+    unit: Literal["epoch", "step", "minute"]
+
+    @classmethod
+    def parse(cls, text: str) -> Length:
+        """`40 epochs`, `3000 steps` or `5 minutes` (ValueError)."""
+        match = LENGTH.match(text)
+        if match is None or float(match.group(1)) <= 0:
+            raise ValueError(f'length is {text!r}; wanted a number above 0 and a unit, such as "40 epochs", '
+                             '"3000 steps" or "5 minutes"')  # fmt: skip
+        value, unit = float(match.group(1)), match.group(2)
+        if unit == "step" and value != int(value):
+            raise ValueError(f"length is {text!r}; wanted a whole number of steps")
+        return cls(value, unit)  # type: ignore[arg-type]
+
+    def steps(self, samples: int, global_batch: int) -> int | None:
+        """Steps of the run over `samples` tiles: ceil(epochs * N / G); None where the clock decides."""
+        if self.unit == "minute":
+            return None
+        return int(self.value) if self.unit == "step" else max(1, math.ceil(self.value * samples / global_batch))
+
+
+@dataclass(frozen=True)
+class OptimRecipe:
+    """The optimiser and its schedule, which follows the length of the run."""
+
+    name: Literal["adam", "adamw"] = "adamw"
+    """Adam is the benchmark's."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    encoder_lr_factor: float = 1.0
+    """Learning rate of the encoder as a share of `lr`."""
+    weight_decay: float = 0.01
+    """For adamw; normalisation and biases are left out."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """Constant is the benchmark's; cosine falls to `final_lr_factor` at the end of the run."""
+    final_lr_factor: float = 0.0
+    """Learning rate at the end of cosine as a share of `lr`."""
+    warmup_steps: int = 50
+    """Steps of linear growth at the start."""
+    clip_norm: float = 5.0
+    """Largest norm of the gradient; 0 = no clipping."""
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"optim.lr is {self.lr}; wanted a number above 0")
+        for name in ("encoder_lr_factor", "weight_decay", "final_lr_factor", "warmup_steps", "clip_norm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}; wanted a number >= 0")
+
+
+@dataclass(frozen=True)
+class ValidationRecipe:
+    """When and how the official score on the validation split is taken."""
+
+    every_epochs: float = 1.0
+    """Validate at the first step past each multiple of so many epochs; 0 = only at the end."""
+
+    def __post_init__(self) -> None:
+        if self.every_epochs < 0:
+            raise ValueError(f"validation.every_epochs is {self.every_epochs}; wanted a number >= 0")
+
+
+@dataclass(frozen=True)
+class CheckpointRecipe:
+    """When checkpoints are written and how many are kept."""
+
+    every_steps: int = 500
+    """Steps between checkpoints; one is also written at each validation, at the end, and when stopped."""
+    keep: int = 2
+    """Newest checkpoints kept beside the best one."""
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 1 or self.keep < 1:
+            raise ValueError("checkpoint.every_steps and checkpoint.keep must be at least 1")
+
+
+@dataclass(frozen=True)
+class TrainRecipe:
+    """A training run, whole: the same recipe, shards and seed give the same run on any number of ranks."""
+
+    out: str = "runs/train"
+    """Run folder: recipe, metrics, checkpoints. A run that is there already goes on."""
+    data: DataRecipe = field(default_factory=DataRecipe)
+    """Which tiles, in which order, in which batches."""
+    augment: AugmentRecipe = field(default_factory=AugmentRecipe)
+    """What is done to a tile before the network sees it."""
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    """The network."""
+    loss: LossRecipe = field(default_factory=LossRecipe)
+    """What is minimised."""
+    optim: OptimRecipe = field(default_factory=OptimRecipe)
+    """How it is minimised."""
+    validation: ValidationRecipe = field(default_factory=ValidationRecipe)
+    """When the score is taken."""
+    checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
+    """When the run is saved."""
+    length: str = "40 epochs"
+    """Length of the run: `40 epochs`, `3000 steps` or `5 minutes`."""
+    seed: int = 0
+    """Of weights, order, augmentation and dropout."""
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "bf16"
+    """Arithmetic of the network; losses and heads are always fp32. fp16 scales its loss."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto = a GPU per local rank if this host has any."""
+    channels_last: bool = True
+    """Memory layout that convolutions prefer."""
+    compile: Literal["off", "default", "max-autotune"] = "off"
+    """torch.compile mode of the network."""
+    ema_decay: float = 0.0
+    """Decay of the averaged weights that are validated and saved beside the raw ones; 0 = none."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    init_from: str | None = None
+    """Checkpoint or run whose weights this run starts from; unlike going on, nothing else is taken over."""
+    allow_change: list[str] = field(default_factory=list)
+    """Fields, such as `optim.lr`, that may differ from those of the run that goes on."""
+
+    def __post_init__(self) -> None:
+        Length.parse(self.length)
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}; wanted 0 <= ema_decay < 1")
+        if self.log_every < 1:
+            raise ValueError(f"log_every is {self.log_every}; wanted at least 1")

@@ -1,0 +1,89 @@
+"""The official score on the validation split: never augmented, exact over ranks.
+
+Each rank predicts its own share of the tiles, whole, and turns each into moments (float64 sums); the
+moments of all ranks together give the score, whatever the number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from geopose_dist.data.loader import evaluation_indices
+from geopose_dist.data.manifest import ShardSet
+from geopose_dist.data.reader import Reader
+from geopose_dist.data.sample import View
+from geopose_dist.evaluate.moments import Moments, TileMoments
+from geopose_dist.geometry import angle_of
+from geopose_dist.model.heads import Prediction
+from geopose_dist.runtime import World
+from geopose_dist.train.step import DTYPES
+
+MIN_SCALE_PX_PER_M = 1e-4
+"""Predicted scales are limited from below here, as prediction does: the score refuses 0."""
+
+
+def evaluate(net: nn.Module, shards: ShardSet, world: World, *, precision: str, batch: int) -> dict[str, Any]:
+    """Score of `net` on a split: the dictionary of `geopose evaluate`, equal on all ranks.
+
+    Args:
+        net: maps (rgb_u8, gsd_m) to a `Prediction`; put into eval mode for the time.
+        shards: the validation split.
+        world: the ranks that share the work; all of them must call this.
+        precision: of the forward pass, as in the training recipe.
+        batch: tiles of one size that go through the network together.
+    """
+    was_training = net.training
+    net.eval()
+    mine = Moments()
+    try:
+        indices = evaluation_indices(len(shards), world.rank, world.size)
+        for views in _like_sized(Reader(shards), [int(i) for i in indices], batch):
+            for tile in _predict(net, views, world.device, precision):
+                mine.add(tile)
+    finally:
+        net.train(was_training)
+    parts = world.gather_objects([(tile.city, tile.values.tolist()) for tile in mine.tiles])
+    everyone = Moments([TileMoments(city, np.array(values)) for part in parts for city, values in part])
+    return everyone.scores()
+
+
+def _like_sized(reader: Reader, indices: Sequence[int], batch: int) -> Iterator[list[View]]:
+    group: list[View] = []
+    for index in indices:
+        view = reader.view(index)
+        if group and (len(group) == batch or group[0].rgb.shape != view.rgb.shape):
+            yield group
+            group = []
+        group.append(view)
+    if group:
+        yield group
+
+
+@torch.inference_mode()
+def _predict(net: nn.Module, views: list[View], device: torch.device, precision: str) -> list[TileMoments]:
+    """Moments of each labelled tile of like-sized `views`, padded by reflection to what the network takes."""
+    rows, columns = views[0].rgb.shape[:2]
+    pad = ((0, 0), (0, -rows % 32), (0, -columns % 32), (0, 0))
+    rgb = np.pad(np.stack([view.rgb for view in views]), pad, mode="symmetric").transpose(0, 3, 1, 2)
+    gsd_m = torch.tensor([np.nan if view.gsd_m is None else view.gsd_m for view in views], dtype=torch.float32)
+    dtype = DTYPES[precision]
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        prediction: Prediction = net(torch.from_numpy(np.ascontiguousarray(rgb)).to(device), gsd_m.to(device))
+    heights = prediction.agl_m[:, 0, :rows, :columns].clamp(min=0).cpu().numpy()
+    directions = prediction.direction.double().cpu().numpy()
+    scales = prediction.scale_px_per_m.clamp(min=MIN_SCALE_PX_PER_M).double().cpu().numpy()
+    tiles = []
+    for view, agl_m, (x, y), scale in zip(views, heights, directions, scales, strict=True):
+        if view.agl_m is not None:
+            angle = angle_of(float(x), float(y))
+            tiles.append(
+                Moments.of_tile(
+                    view.city, agl_m, float(scale), angle, view.agl_m, view.scale_px_per_m, view.angle_rad
+                )
+            )
+    return tiles
