@@ -2,8 +2,8 @@
 
 `rectify` moves a tile to its ground position; `invert_flow` says where each surface comes to lie when it
 moves against the flow; `gather` resamples a tile once through any composition of affine map and raised
-heights. All are pure, work on any size, keep (row, column) order, release the GIL, and have slow NumPy twins in
-`reference.py` that say what they compute. Wrong arguments are ValueErrors: name, found, wanted.
+heights. All are pure, work on any size, keep (row, column) order, release the GIL, and have slow NumPy twins
+in `reference.py` that say what they compute. Wrong arguments are ValueErrors: name, found, wanted.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+import geopose_dist.kernels._gather as _gather
+import geopose_dist.kernels._sight as _sight
+import geopose_dist.kernels._splat as _splat
 from geopose_dist.geometry import F32, direction
-from geopose_dist.kernels import _gather, _sight, _splat
 
 U8 = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
@@ -70,6 +72,12 @@ def _check_pose(scale_px_per_m: float, angle_rad: float) -> tuple[float, float, 
     return scale, y, x
 
 
+def check_tile(rgb: U8, agl_m: F32, scale_px_per_m: float, angle_rad: float) -> None:
+    """ValueError unless these are a tile and its pose: uint8 [H, W, 3], float32 [H, W], usable numbers."""
+    _check_plane(agl_m, "agl_m", _check_rgb(rgb))
+    _check_pose(scale_px_per_m, angle_rad)
+
+
 def rectify(rgb: U8, agl_m: F32, scale_px_per_m: float, angle_rad: float) -> tuple[U8, F32, Mask]:
     """Move every pixel of an oblique tile to its position on the ground.
 
@@ -116,7 +124,11 @@ def invert_flow(
     agl_m = _check_plane(agl_m, "agl_m")
     per_m = _check_number(px_per_m, "px_per_m", "a finite number >= 0", 0.0, low_allowed=True)
     _, dir_y, dir_x = _check_pose(1.0, angle_rad)
-    drop = 1e30 if facade_px_per_px is None else _check_number(facade_px_per_px, "facade_px_per_px", ">= 0", 0.0, True)
+    drop = (
+        1e30
+        if facade_px_per_px is None
+        else _check_number(facade_px_per_px, "facade_px_per_px", ">= 0", 0.0, True)
+    )
     shift = np.empty_like(agl_m)
     unknown, tallest = _sight.shifts(agl_m, shift, per_m)
     if unknown:
