@@ -1,0 +1,154 @@
+"""A micro-batch on its way to the device: small bytes, few tensors.
+
+RGB stays uint8 and heights uint16 centimetres until the device converts them: five bytes per pixel where
+float32 would be sixteen. Pixels are two tensors (each costs a file descriptor between processes and a pin in
+memory); the few numbers per sample travel inside the pickle. Magnitude is never shipped: it is agl * scale.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from geopose_dist.data.sample import View
+from geopose_dist.errors import UserError
+
+UNKNOWN_CM = 65535
+OUTSIDE_CM = 65534
+TALLEST_CM = 65533
+
+
+@dataclass(frozen=True)
+class Substitution:
+    """A damaged sample that another one stands in for: where, which, why, and who stands in."""
+
+    position: int
+    key: str
+    reason: str
+    replaced_by: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B samples, equally large.
+
+    Attributes:
+        rgb: uint8 [B, 3, H, W], in channels-last memory.
+        agl_cm: uint16 [B, 1, H, W]; 65535 = unknown, 65534 = outside the image, heights clip at 65533.
+        gsd_m: float32 [B], NaN = unknown.
+        scale_px_per_m: float32 [B], NaN = no pose label.
+        direction: float32 [B, 2] (sin, cos) of the angle, NaN = no pose label.
+        city: int64 [B], position in the manifest's cities.
+        keys: name of each sample.
+        positions: place of each sample in the stream (in the split, for evaluation).
+        visits: how often the stream had gone through the samples before.
+        substitutions: what was replaced in this batch because of damage.
+    """
+
+    rgb: torch.Tensor
+    agl_cm: torch.Tensor
+    gsd_m: torch.Tensor
+    scale_px_per_m: torch.Tensor
+    direction: torch.Tensor
+    city: torch.Tensor
+    keys: list[str]
+    positions: list[int]
+    visits: list[int]
+    substitutions: list[Substitution] = dataclasses.field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        small = (self.gsd_m, self.scale_px_per_m, self.direction, self.city)
+        rest = (self.keys, self.positions, self.visits, self.substitutions)
+        return _rebuild, (self.rgb, self.agl_cm, [tensor.numpy() for tensor in small], rest)
+
+    def pin_memory(self) -> Batch:
+        """A copy in page-locked memory, from which copies to a GPU overlap with its work."""
+        return dataclasses.replace(self, rgb=self.rgb.pin_memory(), agl_cm=self.agl_cm.pin_memory())
+
+
+def _rebuild(rgb: torch.Tensor, agl_cm: torch.Tensor, small: list[npt.NDArray[Any]], rest: Any) -> Batch:
+    gsd_m, scale_px_per_m, direction, city = (torch.from_numpy(array) for array in small)
+    return Batch(rgb, agl_cm, gsd_m, scale_px_per_m, direction, city, *rest)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on `device`; from pinned memory without waiting for the copy."""
+    names = ("rgb", "agl_cm", "gsd_m", "scale_px_per_m", "direction", "city")
+    return dataclasses.replace(
+        batch, **{name: getattr(batch, name).to(device, non_blocking=True) for name in names}
+    )
+
+
+def pack(
+    views: Sequence[View],
+    cities: Sequence[str],
+    positions: Sequence[int],
+    visits: Sequence[int],
+    substitutions: Sequence[Substitution] = (),
+) -> Batch:
+    """A batch of views of one size; `cities` are the manifest's (UserError: sizes differ)."""
+    rows, columns = views[0].rgb.shape[:2]
+    for view in views:
+        if view.rgb.shape[:2] != (rows, columns):
+            raise UserError(
+                f"{view.key} has {view.rgb.shape[0]}x{view.rgb.shape[1]} px, but {views[0].key} of the same "
+                f"batch has {rows}x{columns}; set data.crop_px to a side that all have, or data.micro_batch 1"
+            )
+    rgb = _shared((len(views), rows, columns, 3), torch.uint8)
+    agl_cm = _shared((len(views), 1, rows, columns), torch.uint16)
+    rgb_rows, agl_rows = rgb.numpy(), agl_cm.numpy()
+    for i, view in enumerate(views):
+        rgb_rows[i] = view.rgb
+        write_cm(view, agl_rows[i, 0])
+    return Batch(
+        rgb=rgb.permute(0, 3, 1, 2),
+        agl_cm=agl_cm,
+        gsd_m=_numbers([view.gsd_m for view in views]),
+        scale_px_per_m=_numbers([view.scale_px_per_m for view in views]),
+        direction=torch.tensor([_direction(view.angle_rad) for view in views], dtype=torch.float32),
+        city=torch.tensor([cities.index(view.city) for view in views], dtype=torch.int64),
+        keys=[view.key for view in views],
+        positions=list(positions),
+        visits=list(visits),
+        substitutions=list(substitutions),
+    )
+
+
+def write_cm(view: View, out: npt.NDArray[np.uint16]) -> None:
+    """Write the heights of `view` to `out` [H, W] as centimetres with the markers of `Batch.agl_cm`."""
+    if view.agl_m is None:
+        out.fill(UNKNOWN_CM)
+    else:
+        centimetres = view.agl_m * np.float32(100)
+        np.rint(centimetres, out=centimetres)
+        np.clip(centimetres, 0, TALLEST_CM, out=centimetres)
+        centimetres[np.isnan(centimetres)] = UNKNOWN_CM  # a NaN has no defined uint16
+        out[...] = centimetres
+    if view.inside is not None:
+        out[~view.inside] = OUTSIDE_CM
+
+
+def _shared(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """An empty tensor, in shared memory if this is a loader worker: saves a copy of the batch."""
+    if torch.utils.data.get_worker_info() is None:
+        return torch.empty(shape, dtype=dtype)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)  # type: ignore[no-untyped-call]
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # type: ignore[call-overload,no-any-return]
+
+
+def _numbers(values: list[float | None]) -> torch.Tensor:
+    return torch.tensor([math.nan if v is None else v for v in values], dtype=torch.float32)
+
+
+def _direction(angle_rad: float | None) -> tuple[float, float]:
+    return (math.nan, math.nan) if angle_rad is None else (math.sin(angle_rad), math.cos(angle_rad))

@@ -1,0 +1,255 @@
+"""Micro-batches of this rank, step after step, by the stock DataLoader of torch.
+
+The main process asks the plan which samples a micro-batch holds and hands the list to a worker (`samples`).
+So neither the number of workers nor of ranks can change the order, and starting at step k costs nothing: the
+state of a loader is that one integer.
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import signal
+import sys
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from geopose_dist.data import plan as plans
+from geopose_dist.data.batch import Batch, Substitution, to_device
+from geopose_dist.data.manifest import ShardSet
+from geopose_dist.data.plan import Plan
+from geopose_dist.data.reader import Reader, open_shards
+from geopose_dist.data.recipe import DataRecipe
+from geopose_dist.data.samples import Failure, Request, Samples, Transform
+from geopose_dist.data.workers import check_shared_memory, start_server, start_worker, workers_for
+from geopose_dist.errors import FinishedWithFailures, UserError
+
+__all__ = [
+    "Batch",
+    "DataRecipe",
+    "Substitution",
+    "TrainLoader",
+    "evaluation_indices",
+    "evaluation_loader",
+    "open_shards",
+    "to_device",
+    "train_loader",
+]
+
+
+class LoaderFailure(FinishedWithFailures):
+    """Loading stopped for a reason that is neither the data's nor the recipe's fault."""
+
+
+class TrainLoader:
+    """Iterate for the micro-batches of this rank, one list per step; `close` ends its workers at once.
+
+    Attributes:
+        substitutions: every damaged sample that was replaced so far, in order.
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[list[Request]],
+        samples: Samples,
+        recipe: DataRecipe,
+        workers: int,
+        per_step: int,
+        steps: int,
+    ) -> None:
+        self.substitutions: list[Substitution] = []
+        self._recipe, self._workers, self._per_step, self._steps = recipe, workers, per_step, steps
+        self._iterator: Any = None
+        generator = torch.Generator()  # its own, so that building a loader leaves torch's global one alone
+        self._loader = DataLoader(
+            samples,
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=_as_is,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=start_worker if workers else None,
+            multiprocessing_context=start_server() if workers else None,
+            generator=generator,
+            prefetch_factor=recipe.prefetch if workers else None,
+            in_order=True,
+        )
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        if not self._per_step:
+            yield from ([] for _ in range(self._steps))
+            return
+        try:
+            self._iterator = self._start()
+            for _ in range(self._steps):
+                yield [self._next() for _ in range(self._per_step)]
+        finally:
+            self.close()
+
+    def _start(self) -> Any:
+        if self._workers:
+            _LIVE.add(self)
+        return iter(self._loader)
+
+    def _next(self) -> Batch:
+        try:
+            batch = next(self._iterator)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise LoaderFailure(
+                f"a loader worker died ({_cause(self._iterator, error)}); nothing of its batch was trained "
+                "on; run the same command again to go on, with fewer data.workers if memory was short"
+            ) from error
+        if isinstance(batch, Failure):
+            if batch.users:
+                raise UserError(batch.sentence)
+            failure = LoaderFailure(batch.sentence)
+            print(batch.details, file=sys.stderr)
+            raise failure
+        self._note(batch.substitutions)
+        return batch  # type: ignore[no-any-return]
+
+    def _note(self, new: list[Substitution]) -> None:
+        for one in new:
+            print(
+                f"data: position {one.position}: {one.key} is damaged, {one.replaced_by} stands in: "
+                f"{one.reason}",
+                file=sys.stderr,
+                flush=True,
+            )
+        self.substitutions += new
+        if len(self.substitutions) > self._recipe.damage_limit:
+            last = self.substitutions[-1]
+            raise UserError(
+                f"{len(self.substitutions)} damaged samples were replaced, more than data.damage_limit "
+                f"{self._recipe.damage_limit} allows; the last: {last.reason}"
+            )
+
+    def close(self) -> None:
+        """End the workers; they ignore SIGTERM, so whatever does not end by itself is killed."""
+        iterator, self._iterator = self._iterator, None
+        if iterator is None or not self._workers:
+            return
+        _LIVE.discard(self)
+        iterator._shutdown_workers()
+        for worker in iterator._workers:
+            if worker.is_alive():
+                worker.kill()
+
+
+_LIVE: weakref.WeakSet[TrainLoader] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Before multiprocessing's own exit handler, which would wait for workers that ignore its SIGTERM."""
+    for loader in list(_LIVE):
+        loader.close()
+
+
+class _Requests:
+    """The micro-batches of one rank from `start_step` on, as lists of requests."""
+
+    def __init__(self, plan: Plan, rank: int, world_size: int, start_step: int, stop_step: int) -> None:
+        self.plan, self.rank, self.world_size = plan, rank, world_size
+        self.start_step, self.stop_step = start_step, stop_step
+
+    def per_step(self) -> int:
+        """Micro-batches that this rank takes of each step."""
+        return len(self._of_step(0))
+
+    def _of_step(self, step: int) -> list[range]:
+        g, b = self.plan.global_batch, self.plan.micro_batch
+        return plans.micro_batches(step, g, b, self.rank, self.world_size)
+
+    def __iter__(self) -> Iterator[list[Request]]:
+        for step in range(self.start_step, self.stop_step):
+            for positions in self._of_step(step):
+                visits, indices = self.plan.samples_at(positions)
+                slots = zip(positions, visits.tolist(), indices.tolist(), strict=True)
+                yield [Request(*slot) for slot in slots]
+
+    def __len__(self) -> int:
+        return self.per_step() * (self.stop_step - self.start_step)
+
+
+def plan_of(shard_set: ShardSet, recipe: DataRecipe, seed: int) -> Plan:
+    """The order in which a run with this recipe and seed reads these shards (UserError)."""
+    return Plan.of(
+        shard_set,
+        seed=seed,
+        order=recipe.order,
+        global_batch=recipe.global_batch,
+        micro_batch=recipe.micro_batch,
+        city_weights=recipe.city_weights,
+    )
+
+
+def train_loader(
+    shard_set: ShardSet,
+    recipe: DataRecipe,
+    seed: int,
+    rank: int,
+    world_size: int,
+    start_step: int,
+    stop_step: int,
+    transform: Transform | None = None,
+    plan: Plan | None = None,
+) -> TrainLoader:
+    """Steps [start_step, stop_step) of the stream, as lists of this rank's micro-batches.
+
+    A rank without a micro-batch gets empty lists. `plan` saves making it again (`plan_of`).
+    UserError: no such city, too little shared memory; while iterating: damaged shards, sizes that differ.
+    """
+    requests = _Requests(plan or plan_of(shard_set, recipe, seed), rank, world_size, start_step, stop_step)
+    reader = Reader(shard_set)
+    workers = workers_for(recipe)
+    if workers:
+        check_shared_memory(reader, recipe, workers)
+    samples = Samples(reader, recipe, seed, transform)
+    steps = max(stop_step - start_step, 0)
+    return TrainLoader(requests, samples, recipe, workers, requests.per_step(), steps)
+
+
+def evaluation_indices(samples: int, rank: int, world_size: int) -> range:
+    """Rows that `rank` evaluates: over all ranks every row once, in shares that differ by one at most."""
+    return range(rank, samples, world_size)
+
+
+def evaluation_loader(
+    shard_set: ShardSet,
+    recipe: DataRecipe,
+    rank: int,
+    world_size: int,
+    transform: Transform | None = None,
+    batch_size: int = 1,
+    seed: int = 0,
+) -> Iterator[Batch]:
+    """This rank's share of a split, each sample once, in batches of `batch_size` (the last may be smaller).
+
+    Damage always stops an evaluation. Tiles of different sizes need batch_size 1 or a transform that crops.
+    """
+    rows = evaluation_indices(len(shard_set), rank, world_size)
+    cuts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    requests = [[Request(row, 0, row) for row in cut] for cut in cuts]
+    strict = dataclasses.replace(recipe, on_damage="stop")
+    samples = Samples(Reader(shard_set), strict, seed, transform)
+    loader = TrainLoader(requests, samples, strict, min(workers_for(recipe), len(requests)), 1, len(requests))
+    for step in loader:
+        yield from step
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _cause(iterator: Any, error: Exception) -> str:
+    """What killed a worker, by its exit code."""
+    codes = [worker.exitcode for worker in iterator._workers if worker.exitcode]
+    if codes and codes[0] < 0:
+        return f"killed by {signal.Signals(-codes[0]).name}"
+    return f"exit code {codes[0]}" if codes else str(error)

@@ -1,0 +1,107 @@
+"""What a loader worker does: a list of requests in, a packed batch out.
+
+Read, decode, augment, pack, with random numbers keyed by (seed, visit, sample, crop), so that it does not
+matter which worker of which rank does it, or when. Errors come back as values with the sample's name.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from geopose_dist.data import plan as plans
+from geopose_dist.data.batch import Batch, Substitution, pack
+from geopose_dist.data.permutation import fold
+from geopose_dist.data.reader import Reader
+from geopose_dist.data.recipe import DataRecipe
+from geopose_dist.data.sample import View
+from geopose_dist.errors import UserError
+
+Transform = Callable[[View, np.random.Generator], View]
+
+REPLACEMENTS = 16
+"""Samples drawn in the place of a damaged one before giving up: then most of the data set is gone."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error of a worker on its way to the main process; torch would wrap it into a page of text."""
+
+    sentence: str
+    details: str
+    users: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One sample to be made: its place in the stream and what stands there."""
+
+    position: int
+    visit: int
+    index: int
+
+
+def generator_for(seed: int, visit: int, index: int, crop: int = 0) -> np.random.Generator:
+    """The random numbers that belong to one crop of one visit of one sample, whoever draws them."""
+    key = (fold(seed, plans.PURPOSE_AUGMENT, visit), fold(index, crop))
+    return np.random.Generator(np.random.Philox(key=np.array(key, np.uint64)))
+
+
+class Samples(Dataset[Any]):
+    """Lists of requests to batches; what a worker process does."""
+
+    def __init__(self, reader: Reader, recipe: DataRecipe, seed: int, transform: Transform | None) -> None:
+        self.reader, self.recipe, self.seed, self.transform = reader, recipe, seed, transform
+
+    def __getitems__(self, requests: list[Request]) -> Batch | Failure:
+        at: Request = requests[0]
+        try:
+            views: list[View] = []
+            substitutions: list[Substitution] = []
+            for at in requests:
+                views.append(self._view(at, substitutions))
+            positions, visits = [r.position for r in requests], [r.visit for r in requests]
+            return pack(views, self.reader.shard_set.manifest.cities, positions, visits, substitutions)
+        except UserError as error:
+            return Failure(f"{error} (position {at.position} of the stream)", "", users=True)
+        except (
+            Exception
+        ) as error:  # any bug in here must reach the user with the sample's name: it is raised again
+            sample = f"{self._name(at.index)} ({self.reader.where(at.index)}), position {at.position}"
+            return Failure(
+                f"loading {sample} failed: {type(error).__name__}: {error}", traceback.format_exc(), False
+            )
+
+    def _view(self, at: Request, substitutions: list[Substitution]) -> View:
+        view, index, crop = self._read(at, substitutions)
+        if self.transform is None:
+            return view
+        return self.transform(view, generator_for(self.seed, at.visit, index, crop))
+
+    def _read(self, at: Request, substitutions: list[Substitution]) -> tuple[View, int, int]:
+        """The sample asked for or, by policy, the keyed replacement of a damaged one."""
+        index, first = at.index, ""
+        for attempt in range(1, REPLACEMENTS + 1):
+            try:
+                view = self.reader.view(index)
+            except UserError as error:
+                if self.recipe.on_damage == "stop":
+                    raise
+                first = first or str(error)
+                index = fold(self.seed, plans.PURPOSE_SUBSTITUTE, at.position, attempt) % len(self.reader)
+                continue
+            if first:
+                substitutions.append(Substitution(at.position, self._name(at.index), first, view.key))
+            return view, index, attempt - 1
+        raise UserError(f"{first}; and the {REPLACEMENTS} samples drawn to replace it cannot be read either")
+
+    def _name(self, index: int) -> str:
+        try:
+            return self.reader.key(index)
+        except UserError:
+            return f"sample {index}"

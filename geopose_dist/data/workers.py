@@ -1,0 +1,73 @@
+"""Loader processes: how many, whether their batches fit into shared memory, and how they start.
+
+They come from a fork server that has torch already imported: a fork of a process with CUDA, NCCL or Ray
+threads is unsafe, and a fresh interpreter for each would take seconds. Signals to the run are the parent's to
+answer; the server and its workers must not die of a SIGTERM that a batch system sends to all processes.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
+
+import torch
+
+from geopose_dist import pool
+from geopose_dist.data.reader import Reader
+from geopose_dist.data.recipe import DataRecipe
+from geopose_dist.errors import UserError
+
+MAX_WORKERS = 8
+SHARED_MEMORY = "/dev/shm"
+PARENTS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+
+
+def workers_for(recipe: DataRecipe) -> int:
+    """Loader processes of this rank; -1: its share of the cores of this machine, less its own."""
+    if recipe.workers >= 0:
+        return recipe.workers
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(0, min(pool.usable_cores() // local_ranks - 1, MAX_WORKERS))
+
+
+def check_shared_memory(reader: Reader, recipe: DataRecipe, workers: int) -> None:
+    """Refuse to start where batches in flight would not fit: the kernel would kill a worker much later."""
+    rows, columns = (recipe.crop_px, recipe.crop_px) if recipe.crop_px else reader.facts(0).size
+    batch_bytes = recipe.micro_batch * rows * columns * 5
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    need = batch_bytes * (recipe.prefetch * workers + 1) * local_ranks
+    stat = os.statvfs(SHARED_MEMORY) if os.path.isdir(SHARED_MEMORY) else None
+    free = stat.f_bavail * stat.f_frsize if stat else need
+    if free < need:
+        raise UserError(
+            f"{SHARED_MEMORY} has {free >> 20} MiB free, but {local_ranks} rank(s) x {workers} workers x "
+            f"{recipe.prefetch} micro-batches of {batch_bytes >> 20} MiB need {need >> 20} MiB; give "
+            "the container more shared memory (docker --shm-size, or a medium: Memory volume), or lower "
+            "data.workers or data.prefetch"
+        )
+
+
+def start_server() -> BaseContext:
+    """The context of loader processes; starts their fork server, which imports torch in the background.
+
+    Calling it early in a run hides these two seconds. It inherits the blocked signals, and so do workers.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["geopose_dist.data.samples", "geopose_dist.augment"])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return context
+
+
+def start_worker(_: int) -> None:
+    """Set up a worker: one thread, and the parent's signals ignored."""
+    torch.set_num_threads(1)
+    pool.one_thread()
+    for number in PARENTS_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
