@@ -75,7 +75,8 @@ def _tiff(agl_cm: npt.NDArray[Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _from_tiff(data: bytes) -> npt.NDArray[Any]:
+def decode_tiff(data: bytes) -> npt.NDArray[Any]:
+    """The first image of a TIFF; ValueError and others of `DECODE_ERRORS` if it is cut or hostile."""
     import tifffile
 
     with tifffile.TiffFile(io.BytesIO(data)) as tif:
@@ -133,7 +134,7 @@ RGB_CODECS: dict[str, Codec] = _table(
 
 AGL_CODECS: dict[str, Codec] = _table(
     Codec("lerc", "lerc", True, lambda agl: imagecodecs.lerc_encode(agl, level=0), imagecodecs.lerc_decode),
-    Codec("tif", "tif", True, _tiff, _from_tiff),
+    Codec("tif", "tif", True, _tiff, decode_tiff),
     Codec(
         "png",
         "png",
