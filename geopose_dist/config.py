@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -76,7 +76,7 @@ def parse(recipe: type[Recipe], argv: Sequence[str], *, prog: str, description: 
 
     parser = parser_for(recipe, prog, description)
     try:
-        parsed = parser.parse_args(_normalised(argv, _list_fields(recipe), getattr(recipe, "ALIASES", {})))
+        parsed = parser.parse_args(_normalised(argv, recipe))
         parts = parser.instantiate(parsed) if hasattr(parser, "instantiate") else parser.instantiate_classes(parsed)
     except jsonargparse.ArgumentError as error:
         raise UserError(_one_sentence(error, prog, parser)) from error
@@ -101,19 +101,25 @@ def _list_fields(recipe: type[Any]) -> set[str]:
     return {f.name for f in dataclasses.fields(recipe) if str(f.type).startswith(("list[", "tuple["))}
 
 
-def _normalised(argv: Sequence[str], lists: set[str], aliases: Mapping[str, str]) -> list[str]:
+def _normalised(argv: Sequence[str], recipe: type[Any]) -> list[str]:
     """Options with underscores, recipe names as paths, `--list a b` as one JSON list, other names as the field's.
 
     A recipe class may have `ALIASES: ClassVar[Mapping[str, str]]`, another name of an option -> its field
     (`--from` cannot be a field's name, because `from` is a word of Python).
+
+    `adapt_config(path: Path) -> str` of a recipe class turns a recipe file, perhaps of another verb, into
+    YAML of this class.
     """
+    lists = _list_fields(recipe)
+    aliases: Mapping[str, str] = getattr(recipe, "ALIASES", {})
+    adapt: Callable[[Path], str] = getattr(recipe, "adapt_config", str)
     result: list[str] = []
     expects_recipe = False
     words = list(argv)
     while words:
         word = words.pop(0)
         if expects_recipe:
-            result.append(str(find_recipe(word)))
+            result.append(adapt(find_recipe(word)))
             expects_recipe = False
         elif word[:2] == "--" and word[2:].replace("-", "_") in lists:
             items = []
@@ -126,7 +132,7 @@ def _normalised(argv: Sequence[str], lists: set[str], aliases: Mapping[str, str]
             option = "--" + option[2:].replace("-", "_")
             option = "--" + aliases.get(option[2:], option[2:])
             if option == "--config" and equals:
-                value = str(find_recipe(value))
+                value = adapt(find_recipe(value))
             expects_recipe = option == "--config" and not equals
             result.append(option + equals + value)
         else:

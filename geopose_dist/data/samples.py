@@ -71,11 +71,10 @@ class Samples(Dataset[Any]):
             return Failure(f"{error} (position {at.position} of the stream)", "", users=True)
         except (
             Exception
-        ) as error:  # any bug in here must reach the user with the sample's name: it is raised again
+        ) as error:  # a bug must reach the user with its sample's name: the parent raises again
             sample = f"{self._name(at.index)} ({self.reader.where(at.index)}), position {at.position}"
-            return Failure(
-                f"loading {sample} failed: {type(error).__name__}: {error}", traceback.format_exc(), False
-            )
+            sentence = f"loading {sample} failed: {type(error).__name__}: {error}"
+            return Failure(sentence, traceback.format_exc(), users=False)
 
     def _view(self, at: Request, substitutions: list[Substitution]) -> View:
         view, index, crop = self._read(at, substitutions)
