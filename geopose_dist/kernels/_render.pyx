@@ -1,0 +1,466 @@
+"""The sight-line and sun-ray marches of the synthetic renderer; doors and twin are in render.py.
+
+A height map of square cells with vertical walls between them is met exactly: a ray visits its cells in
+order (the traversal of Amanatides and Woo, 1987) and two coarser maps of block maxima let it skip blocks
+that lie wholly below it. No Python object is touched inside the loops, so threads may run them side by side.
+"""
+
+cimport cython
+from libc.math cimport fabsf, floor, sqrtf
+from libc.stdint cimport int32_t, uint8_t, uint32_t
+
+cdef enum:
+    FINE = 3    # blocks of 8 x 8 cells
+    COARSE = 6  # blocks of 64 x 64 cells
+    TOP = 0
+    WALL = 1
+
+# Columns of the object table; render.py names them for Python.
+cdef enum:
+    RED = 0
+    WALL_RED = 3
+    COSINE = 6
+    SINE = 7
+    FLOOR = 8
+    BAY = 9
+    GRAIN = 10
+    PATCH = 11
+    MATERIAL = 12
+    STYLE = 13
+    GLASS = 14
+    RIB = 15
+
+cdef struct Scene:
+    const float* height
+    const float* fine
+    const float* coarse
+    const float* around
+    const int32_t* ids
+    const float* objects
+    const float* gains
+    const float* noise
+    Py_ssize_t rows
+    Py_ssize_t cols
+    Py_ssize_t fine_cols
+    Py_ssize_t coarse_cols
+    Py_ssize_t around_cols
+    Py_ssize_t noise_mask
+    float cell
+    float top
+
+cdef struct View:
+    # Cell of a pixel at height 0: col = col_x * x + col_y * y + col_0; it moves by rise_* cells per metre of height.
+    double col_x
+    double col_y
+    double col_0
+    double row_x
+    double row_y
+    double row_0
+    double rise_col
+    double rise_row
+
+cdef struct Light:
+    float sun_x
+    float sun_y
+    float sun_z
+    double run_col
+    double run_row
+    float spread
+    float sun[3]
+    float sky[3]
+
+cdef struct Hit:
+    Py_ssize_t row
+    Py_ssize_t col
+    float at_row
+    float at_col
+    float agl
+    int kind
+
+
+cdef inline double crossing(double origin, double per_metre, Py_ssize_t low, Py_ssize_t size, double missing) noexcept nogil:
+    """Height at which a falling ray (position origin + h * per_metre) leaves [low, low + size)."""
+    if per_metre > 0:
+        return (low - origin) / per_metre
+    if per_metre < 0:
+        return (low + size - origin) / per_metre
+    return missing
+
+
+cdef inline Py_ssize_t clamp(double value, Py_ssize_t low, Py_ssize_t high) noexcept nogil:
+    cdef Py_ssize_t whole = <Py_ssize_t>floor(value)
+    if whole < low:
+        return low
+    if whole > high:
+        return high
+    return whole
+
+
+cdef inline void enter(double col0, double row0, View* v, Py_ssize_t size, Py_ssize_t low_row, Py_ssize_t low_col,
+                       double at_col, double at_row, double h, Py_ssize_t* row, Py_ssize_t* col) noexcept nogil:
+    """The cell in which a falling ray stands at height h, where it has just left a block or moved inside it."""
+    if at_col >= at_row and at_col >= h:
+        col[0] = low_col - 1 if v.rise_col > 0 else low_col + size
+        row[0] = clamp(row0 + h * v.rise_row, low_row, low_row + size - 1)
+    elif at_row >= h:
+        row[0] = low_row - 1 if v.rise_row > 0 else low_row + size
+        col[0] = clamp(col0 + h * v.rise_col, low_col, low_col + size - 1)
+    else:
+        col[0] = clamp(col0 + h * v.rise_col, low_col, low_col + size - 1)
+        row[0] = clamp(row0 + h * v.rise_row, low_row, low_row + size - 1)
+
+
+cdef Hit look(Scene* s, View* v, double x, double y) noexcept nogil:
+    """First surface on the line of sight of pixel (x, y), coming from above."""
+    cdef double col0 = v.col_x * x + v.col_y * y + v.col_0
+    cdef double row0 = v.row_x * x + v.row_y * y + v.row_0
+    cdef double h = s.top
+    cdef double leave_col, leave_row, below
+    cdef Py_ssize_t col = clamp(col0 + h * v.rise_col, 0, s.cols - 1)
+    cdef Py_ssize_t row = clamp(row0 + h * v.rise_row, 0, s.rows - 1)
+    cdef Py_ssize_t low_row, low_col, shift
+    cdef float block
+    cdef Hit hit
+    while 0 <= col < s.cols and 0 <= row < s.rows:
+        shift = 0
+        block = s.coarse[(row >> COARSE) * s.coarse_cols + (col >> COARSE)]
+        if block < h:
+            shift = COARSE
+        else:
+            block = s.fine[(row >> FINE) * s.fine_cols + (col >> FINE)]
+            if block < h:
+                shift = FINE
+            else:
+                block = s.height[row * s.cols + col]
+                if block >= h:
+                    hit.kind = WALL
+                    break
+        low_row = (row >> shift) << shift
+        low_col = (col >> shift) << shift
+        leave_col = crossing(col0, v.rise_col, low_col, 1 << shift, -1.0)
+        leave_row = crossing(row0, v.rise_row, low_row, 1 << shift, -1.0)
+        below = leave_col if leave_col > leave_row else leave_row
+        if below < block:
+            below = block
+            if shift == 0:
+                h = block
+                hit.kind = TOP
+                break
+        if below < h:  # rounding may put a crossing a hair above: never climb
+            h = below
+        enter(col0, row0, v, 1 << shift, low_row, low_col, leave_col, leave_row, below, &row, &col)
+    else:
+        # Left the map, which the door rules out but for rounding at its very border: bare ground there.
+        row = clamp(row, 0, s.rows - 1)
+        col = clamp(col, 0, s.cols - 1)
+        h = 0
+        hit.kind = TOP
+    hit.row = row
+    hit.col = col
+    hit.agl = <float>h
+    hit.at_col = <float>(col0 + h * v.rise_col)
+    hit.at_row = <float>(row0 + h * v.rise_row)
+    return hit
+
+
+cdef bint sunlit(Scene* s, double col0, double row0, double h0, double run_col, double run_row) noexcept nogil:
+    """Whether the sun is seen from a point, its own cell left out; run_*: cells per metre of climb to the sun."""
+    cdef Py_ssize_t col = <Py_ssize_t>floor(col0)
+    cdef Py_ssize_t row = <Py_ssize_t>floor(row0)
+    cdef double h = h0
+    cdef double leave_col, leave_row
+    cdef Py_ssize_t low_row, low_col, shift, size
+    cdef bint first = True
+    while 0 <= col < s.cols and 0 <= row < s.rows and h < s.top:
+        if first:
+            shift = 0
+            first = False
+        elif s.coarse[(row >> COARSE) * s.coarse_cols + (col >> COARSE)] <= h:
+            shift = COARSE
+        elif s.fine[(row >> FINE) * s.fine_cols + (col >> FINE)] <= h:
+            shift = FINE
+        elif s.height[row * s.cols + col] > h:
+            return False
+        else:
+            shift = 0
+        size = 1 << shift
+        low_row = (row >> shift) << shift
+        low_col = (col >> shift) << shift
+        # Climbs here: the boundary in the direction of travel.
+        leave_col = 1e30
+        leave_row = 1e30
+        if run_col > 0:
+            leave_col = h0 + (low_col + size - col0) / run_col
+        elif run_col < 0:
+            leave_col = h0 + (low_col - col0) / run_col
+        if run_row > 0:
+            leave_row = h0 + (low_row + size - row0) / run_row
+        elif run_row < 0:
+            leave_row = h0 + (low_row - row0) / run_row
+        if leave_col < leave_row:
+            if leave_col > h:
+                h = leave_col
+            col = low_col + size if run_col > 0 else low_col - 1
+            row = clamp(row0 + (h - h0) * run_row, low_row, low_row + size - 1)
+        elif leave_row < 1e29:
+            if leave_row > h:
+                h = leave_row
+            row = low_row + size if run_row > 0 else low_row - 1
+            col = clamp(col0 + (h - h0) * run_col, low_col, low_col + size - 1)
+        else:
+            return True
+    return True
+
+
+cdef inline uint32_t mix(uint32_t a) noexcept nogil:
+    """A 32-bit hash (finaliser of the murmur family), for details that need no generator."""
+    a ^= a >> 16
+    a *= <uint32_t>0x85EBCA6B
+    a ^= a >> 13
+    a *= <uint32_t>0xC2B2AE35
+    a ^= a >> 16
+    return a
+
+
+cdef inline float unit(uint32_t a) noexcept nogil:
+    return <float>(mix(a) >> 8) * <float>(1.0 / 16777216.0)
+
+
+cdef inline float cell_height(Scene* s, Py_ssize_t row, Py_ssize_t col) noexcept nogil:
+    if row < 0 or col < 0 or row >= s.rows or col >= s.cols:
+        return 0
+    return s.height[row * s.cols + col]
+
+
+cdef inline float slope(float before, float here, float after, float cell, bint leafy) noexcept nogil:
+    """Rise per metre; a side that drops like a wall is left out, a crown keeps its steep sides."""
+    cdef float limit = 4 * cell if leafy else 1.4 * cell
+    cdef float a = here - before
+    cdef float b = after - here
+    if fabsf(a) > limit:
+        if fabsf(b) > limit:
+            return 0
+        return b / cell
+    if fabsf(b) > limit:
+        return a / cell
+    return (a + b) / (2 * cell)
+
+
+cdef inline float grain(Scene* s, Py_ssize_t row, Py_ssize_t col) noexcept nogil:
+    return s.noise[(row & s.noise_mask) * (s.noise_mask + 1) + (col & s.noise_mask)]
+
+
+cdef void shade(Scene* s, Light* light, Hit* hit, uint32_t salt, float* rgb) noexcept nogil:
+    """Linear radiance of what a ray met: material, texture, sun with cast shadow, sky light."""
+    cdef int32_t thing = s.ids[hit.row * s.cols + hit.col]
+    cdef const float* o = s.objects + 16 * thing
+    cdef const float* gain = s.gains + 3 * <int>o[MATERIAL]
+    cdef float nx, ny, nz, facing, open_sky, texture, along, part, storey, dim, climb
+    cdef float run_col, run_row
+    cdef bint leafy = 2 <= <int>o[MATERIAL] <= 3
+    cdef bint first_face, other_face, window
+    cdef int k, base
+    cdef uint32_t code
+    cdef Py_ssize_t shift_row, shift_col
+    cdef float here = s.height[hit.row * s.cols + hit.col]
+    cdef float lit = 0
+    # The sun is a disc: each ray picks one point of it, and the sensor's blur averages them to a penumbra.
+    run_col = <float>light.run_col * (1 + light.spread * (unit(salt) - 0.5)) - <float>light.run_row * light.spread * (unit(salt + 77) - 0.5)
+    run_row = <float>light.run_row * (1 + light.spread * (unit(salt) - 0.5)) + <float>light.run_col * light.spread * (unit(salt + 77) - 0.5)
+    open_sky = s.around[(hit.row >> 2) * s.around_cols + (hit.col >> 2)] - hit.agl
+    open_sky = 1 if open_sky < 0 else 1 / (1 + 0.09 * open_sky)
+    if hit.kind == TOP or here - hit.agl < 0.6 or leafy:
+        nx = -slope(cell_height(s, hit.row, hit.col - 1), here, cell_height(s, hit.row, hit.col + 1), s.cell, leafy)
+        ny = -slope(cell_height(s, hit.row - 1, hit.col), here, cell_height(s, hit.row + 1, hit.col), s.cell, leafy)
+        nz = 1 / sqrtf(1 + nx * nx + ny * ny)
+        facing = (nx * light.sun_x + ny * light.sun_y + light.sun_z) * nz
+        if leafy:
+            facing = 0.35 * light.sun_z + 0.65 * facing  # leaves let light through
+        if facing > 0 and sunlit(s, hit.at_col, hit.at_row, here + 0.3, run_col, run_row):
+            lit = facing
+        code = mix(<uint32_t>thing)
+        shift_row = hit.row + (code & 255)
+        shift_col = hit.col + ((code >> 8) & 255)
+        texture = 1 + o[GRAIN] * grain(s, shift_row, shift_col) + o[PATCH] * (
+            0.6 * grain(s, hit.row >> 4, hit.col >> 4) + 0.5 * grain(s, shift_row >> 2, shift_col >> 2) + 0.6 * grain(s, (hit.row >> 6) + 91, (hit.col >> 6) + 37))
+        if o[RIB] > 0:  # courses of tiles, seams of sheet metal, rows of stalls
+            along = (hit.at_col * o[SINE] - hit.at_row * o[COSINE]) * s.cell / o[RIB]
+            along = along - <float>floor(along)
+            texture *= 0.90 + 0.2 * along
+        if leafy and here - hit.agl > 0.6:  # seen from the side, a crown darkens downwards
+            dim = 1 - 0.09 * (here - hit.agl)
+            texture *= dim if dim > 0.45 else 0.45
+        base = RED
+        dim = nz if nz > 0.5 else 0.5
+        open_sky *= 0.6 + 0.4 * dim
+        if texture < 0.25:
+            texture = 0.25
+        for k in range(3):
+            rgb[k] = o[base + k] * gain[k] * texture * (lit * light.sun[k] + open_sky * light.sky[k])
+        return
+    # A wall. Its plane follows the building's own axes; of the two that face the viewer, the exposed one.
+    nx = o[COSINE]
+    ny = o[SINE]
+    # Outwards is against the fall of the ray, which came from where the map is lower.
+    first_face = cell_height(s, <Py_ssize_t>floor(hit.at_row + 2.5 * ny), <Py_ssize_t>floor(hit.at_col + 2.5 * nx)) < hit.agl
+    if not first_face:
+        other_face = cell_height(s, <Py_ssize_t>floor(hit.at_row - 2.5 * ny), <Py_ssize_t>floor(hit.at_col - 2.5 * nx)) < hit.agl
+        if other_face:
+            nx = -nx
+            ny = -ny
+        else:
+            nx = -o[SINE]
+            ny = o[COSINE]
+            if not cell_height(s, <Py_ssize_t>floor(hit.at_row + 2.5 * ny), <Py_ssize_t>floor(hit.at_col + 2.5 * nx)) < hit.agl:
+                nx = -nx
+                ny = -ny
+    facing = nx * light.sun_x + ny * light.sun_y
+    if facing > 0 and sunlit(s, hit.at_col + 1.2 * nx, hit.at_row + 1.2 * ny, hit.agl + 0.1, run_col, run_row):
+        lit = facing
+    along = (-hit.at_col * ny + hit.at_row * nx) * s.cell / o[BAY] + 40000
+    storey = hit.agl / o[FLOOR]
+    code = mix(<uint32_t>thing * 7919 + <uint32_t>along * 31 + <uint32_t>storey)
+    part = along - <float>floor(along)
+    climb = storey - <float>floor(storey)
+    window = False
+    if o[STYLE] == 1:    # punched windows
+        window = 0.22 < part < 0.78 and 0.3 < climb < 0.85
+    elif o[STYLE] == 2:  # ribbon windows
+        window = 0.35 < climb < 0.85
+    elif o[STYLE] == 3:  # curtain wall
+        window = part > 0.12 and climb > 0.2
+    elif o[STYLE] == 4:  # a few doors and windows
+        window = (code & 3) == 0 and 0.25 < part < 0.75 and 0.25 < climb < 0.75
+    texture = 1 + 0.10 * grain(s, <Py_ssize_t>(hit.agl * 4), <Py_ssize_t>(along * 9))
+    # Near the ground, walls see less sky and more street.
+    open_sky = open_sky * (0.5 + 0.2 * (hit.agl / (hit.agl + 8)))
+    for k in range(3):
+        if window:
+            rgb[k] = o[GLASS] * (0.16 + 0.05 * k + 0.12 * unit(code)) * (0.25 * lit * light.sun[k] + 2.2 * open_sky * light.sky[k])
+        else:
+            rgb[k] = o[WALL_RED + k] * texture * (lit * light.sun[k] + open_sky * light.sky[k] + 0.06 * light.sun[k] * light.sun_z)
+
+
+cdef void fill_scene(Scene* s, const float[:, ::1] height, const float[:, ::1] fine, const float[:, ::1] coarse,
+                     float cell, float top) noexcept nogil:
+    s.height = &height[0, 0]
+    s.fine = &fine[0, 0]
+    s.coarse = &coarse[0, 0]
+    s.rows = height.shape[0]
+    s.cols = height.shape[1]
+    s.fine_cols = fine.shape[1]
+    s.coarse_cols = coarse.shape[1]
+    s.cell = cell
+    s.top = top
+
+
+cdef void fill_view(View* v, const double[::1] camera) noexcept nogil:
+    v.col_x = camera[0]
+    v.col_y = camera[1]
+    v.col_0 = camera[2]
+    v.row_x = camera[3]
+    v.row_y = camera[4]
+    v.row_0 = camera[5]
+    v.rise_col = camera[6]
+    v.rise_row = camera[7]
+
+
+def trace(const float[:, ::1] height, const float[:, ::1] fine, const float[:, ::1] coarse, float top,
+          const double[::1] camera, float[:, ::1] agl, float[:, ::1] row, float[:, ::1] col, uint8_t[:, ::1] kind):
+    """Fill agl (m), row and col (cells), kind (0 top, 1 wall) of the surface seen by each pixel centre."""
+    cdef Scene s
+    cdef View v
+    cdef Hit hit
+    cdef Py_ssize_t y, x
+    with nogil:
+        fill_scene(&s, height, fine, coarse, 1, top)
+        fill_view(&v, camera)
+        for y in range(agl.shape[0]):
+            for x in range(agl.shape[1]):
+                hit = look(&s, &v, <double>x, <double>y)
+                agl[y, x] = hit.agl
+                row[y, x] = hit.at_row
+                col[y, x] = hit.at_col
+                kind[y, x] = hit.kind
+
+
+def shadow(const float[:, ::1] height, const float[:, ::1] fine, const float[:, ::1] coarse, float top,
+           double run_col, double run_row, float lift, uint8_t[:, ::1] lit):
+    """Fill lit (1 where the sun is seen from `lift` metres above the middle of a cell)."""
+    cdef Scene s
+    cdef Py_ssize_t y, x
+    with nogil:
+        fill_scene(&s, height, fine, coarse, 1, top)
+        for y in range(lit.shape[0]):
+            for x in range(lit.shape[1]):
+                lit[y, x] = sunlit(&s, x + 0.5, y + 0.5, height[y, x] + lift, run_col, run_row)
+
+
+def render(const float[:, ::1] height, const float[:, ::1] fine, const float[:, ::1] coarse, float top, float cell,
+           const int32_t[:, ::1] ids, const float[:, ::1] objects, const float[:, ::1] gains, const float[:, ::1] around,
+           const float[:, ::1] noise, const double[::1] camera, const float[::1] light_in,
+           float[:, :, ::1] rgb, float[:, ::1] agl, float[:, ::1] row, float[:, ::1] col,
+           int32_t[:, ::1] seen, uint8_t[:, ::1] kind):
+    """As `trace`, with the linear radiance and the object seen; edges and walls are averaged over four more rays."""
+    cdef Scene s
+    cdef View v
+    cdef Light light
+    cdef Hit hit
+    cdef Py_ssize_t y, x, k, j
+    cdef Py_ssize_t rows = agl.shape[0]
+    cdef Py_ssize_t cols = agl.shape[1]
+    cdef float part[3]
+    cdef float total[3]
+    cdef bint edge
+    cdef uint32_t salt
+    with nogil:
+        fill_scene(&s, height, fine, coarse, cell, top)
+        s.ids = &ids[0, 0]
+        s.objects = &objects[0, 0]
+        s.gains = &gains[0, 0]
+        s.around = &around[0, 0]
+        s.around_cols = around.shape[1]
+        s.noise = &noise[0, 0]
+        s.noise_mask = noise.shape[0] - 1
+        fill_view(&v, camera)
+        light.sun_x = light_in[0]
+        light.sun_y = light_in[1]
+        light.sun_z = light_in[2]
+        light.run_col = light_in[3]
+        light.run_row = light_in[4]
+        light.spread = light_in[5]
+        for k in range(3):
+            light.sun[k] = light_in[6 + k]
+            light.sky[k] = light_in[9 + k]
+        for y in range(rows):
+            for x in range(cols):
+                hit = look(&s, &v, <double>x, <double>y)
+                agl[y, x] = hit.agl
+                row[y, x] = hit.at_row
+                col[y, x] = hit.at_col
+                kind[y, x] = hit.kind
+                seen[y, x] = s.ids[hit.row * s.cols + hit.col]
+                shade(&s, &light, &hit, <uint32_t>(y * 65537 + x), &rgb[y, x, 0])
+        for y in range(rows):
+            for x in range(cols):
+                edge = kind[y, x] == WALL
+                if x > 0 and (seen[y, x] != seen[y, x - 1] or fabsf(agl[y, x] - agl[y, x - 1]) > 1):
+                    edge = True
+                elif y > 0 and (seen[y, x] != seen[y - 1, x] or fabsf(agl[y, x] - agl[y - 1, x]) > 1):
+                    edge = True
+                elif x + 1 < cols and seen[y, x] != seen[y, x + 1]:
+                    edge = True
+                elif y + 1 < rows and seen[y, x] != seen[y + 1, x]:
+                    edge = True
+                if not edge:
+                    continue
+                for k in range(3):
+                    total[k] = 0
+                for j in range(4):
+                    salt = <uint32_t>(y * 65537 + x) + 40503 * <uint32_t>(j + 1)
+                    hit = look(&s, &v, x - 0.25 + 0.5 * (j & 1), y - 0.25 + 0.5 * (j >> 1))
+                    shade(&s, &light, &hit, salt, &part[0])
+                    for k in range(3):
+                        total[k] += part[k]
+                for k in range(3):
+                    rgb[y, x, k] = 0.25 * total[k]

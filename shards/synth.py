@@ -1,0 +1,365 @@
+"""`geopose synth`: a dataset of synthetic oblique city tiles in the challenge's own layout (DOMAIN section 2).
+
+A place is built once and seen in several views; every byte follows from (seed, place, view), so the number of
+workers, a restart, or more views of other places change nothing. Each tile's files are written whole, then noted
+in `.synth/tiles`; running again skips what is noted and finishes the rest. The CSV files come last: a folder with
+them is complete. Whole places go to the test set, spread over the cities, and `test_truth/` holds their answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import io
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from geopose_dist import files, geometry, metrics_log, pool
+from geopose_dist.errors import UserError
+
+CITIES = ["ARG", "ATL", "JAX", "OMA"]
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+PLAN_VERSION = 1
+"""Counts changes of the renderer that change its bytes: a folder begun by another version is not mixed with."""
+BYTES_PER_PIXEL = {"rgb": 1.4, "agl": 0.45}
+"""Rough sizes after compression, for --dry-run and for the check of free space."""
+FORMAT_AGL_CM, FORMAT_SCALE, FORMAT_ANGLE = 400, 0.0097, 3.14159
+BOOKS = ".synth"
+
+
+@dataclass(frozen=True)
+class SynthRecipe:
+    """A synthetic dataset: how many places and views, how large, from which seed."""
+
+    out: Path
+    """Folder to write; new, empty, or begun by the same recipe (then it is finished)."""
+    places: int = 12
+    """Number of places; cities take turns, so four or more cover all four."""
+    views: int = 4
+    """Views per place, each with its own camera, sun, season and haze."""
+    size: int = 2048
+    """Side of a tile in pixels; it changes how much ground is covered, not the GSD."""
+    seed: int = 0
+    """Everything follows from this number."""
+    test_places: int | None = None
+    """Places whose tiles go to the test set; by default about a quarter, and one per city from 3 places per city."""
+    cities: list[str] = field(default_factory=lambda: list(CITIES))
+    """Cities in turn order, among ARG (old grid), ATL (downtown), JAX (suburbs), OMA (industry)."""
+    workers: int = 0
+    """Processes; 0 is one per core."""
+    dry_run: bool = False
+    """Only print what would be written and how large it would be."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("places", 1), ("views", 1), ("seed", 0), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if not 64 <= self.size <= 8192:
+            raise ValueError(f"size is {self.size}; it must be from 64 to 8192 pixels")
+        if not self.cities or (unknown := [city for city in self.cities if city not in CITIES]):
+            raise ValueError(f"cities are {self.cities}; wanted some of {', '.join(CITIES)}, not {unknown}")
+        if len(set(self.cities)) < len(self.cities):
+            raise ValueError(f"cities are {self.cities}; each may be named once")
+        if self.test_places is not None and not 0 <= self.test_places <= self.places:
+            raise ValueError(
+                f"test_places is {self.test_places}; it must be from 0 to places ({self.places})"
+            )
+
+
+@dataclass(frozen=True)
+class TileName:
+    """What a tile is called and which part of the dataset it belongs to."""
+
+    city: str
+    place: int
+    view: int
+    id: str
+    test: bool
+
+    @property
+    def stem(self) -> str:
+        """Start of its file names."""
+        return f"{self.city}_{self.id}"
+
+    def targets(self) -> dict[str, str]:
+        """Relative paths of its files by what they hold."""
+        truth = "test_truth" if self.test else "train"
+        paths = {
+            "rgb": f"{'test_rgbs' if self.test else 'train'}/{self.stem}_RGB.j2k",
+            "agl": f"{truth}/{self.stem}_AGL.tif",
+            "json": f"{truth}/{self.stem}_VFLOW.json",
+        }
+        if self.test:
+            paths["format_agl"] = f"submission_format/{self.stem}_AGL.tif"
+            paths["format_json"] = f"submission_format/{self.stem}_VFLOW.json"
+        return paths
+
+
+@dataclass(frozen=True)
+class Job:
+    """Views of one place that one worker renders."""
+
+    out: Path
+    size: int
+    seed: int
+    city: str
+    place: int
+    tiles: tuple[TileName, ...]
+
+
+def default_test_places(places: int, cities: int) -> int:
+    """About a quarter, at least one of two places, and one per city once each city has three."""
+    if places < 2:
+        return 0
+    return max(1, round(places / 4), cities if places >= 3 * cities else 0)
+
+
+def test_set(places: int, cities: int, count: int) -> set[int]:
+    """Numbers of the places that go to the test set: city by city in turn, each city's last places first."""
+    by_city = [[p for p in range(places) if p % cities == c] for c in range(cities)]
+    chosen: set[int] = set()
+    while len(chosen) < count:
+        # A city gives when it has given the smallest share, and its only place last of all.
+        def rank(own: list[int]) -> tuple[bool, float, int]:
+            given = sum(p in chosen for p in own)
+            return (len(own) - given <= 1, given / len(own), own[0])
+
+        source = min((own for own in by_city if any(p not in chosen for p in own)), key=rank)
+        chosen.add(max(p for p in source if p not in chosen))
+    return chosen
+
+
+def tile_names(recipe: SynthRecipe) -> list[TileName]:
+    """All tiles of a recipe, place by place, each with an id of six letters that no other has."""
+    from shards.synth_districts import keyed
+
+    cities = len(recipe.cities)
+    count = default_test_places(recipe.places, cities) if recipe.test_places is None else recipe.test_places
+    tests = test_set(recipe.places, cities, count)
+    taken: set[str] = set()
+    names = []
+    for place in range(recipe.places):
+        for view in range(recipe.views):
+            rng = keyed(recipe.seed, place, 3, view)
+            while (id_ := "".join(LETTERS[k] for k in rng.integers(len(LETTERS), size=6))) in taken:
+                pass
+            taken.add(id_)
+            names.append(TileName(recipe.cities[place % cities], place, view, id_, place in tests))
+    return names
+
+
+def render_job(job: Job) -> list[tuple[str, float]]:
+    """Render and write the views of a job; returns (id, gsd in metres) of each."""
+    from shards import synth_districts, synth_look
+
+    keyed = synth_districts.keyed
+    plan = synth_districts.build(job.city, job.size, job.seed, job.place)
+    terrain, around = plan.terrain(), plan.around()
+    holes = synth_look.hole_map(job.city, plan, keyed(job.seed, job.place, 4))
+    done = []
+    for tile in job.tiles:
+        rng = keyed(job.seed, job.place, 5, tile.view)
+        camera = view_camera(job.city, job.size, job.seed, job.place, tile.view)
+        day = synth_look.draw_day(job.city, rng)
+        picture = synth_look.take_picture(plan, terrain, around, camera, day, job.size)
+        rgb = synth_look.develop(picture.radiance, day, rng)
+        cm = synth_look.label_cm(picture, plan, holes, job.city, rng)
+        pose = {"scale": geometry.px_per_cm(camera.scale_px_per_m), "angle": camera.angle_rad}
+        contents = {"rgb": encode_j2k(rgb), "agl": encode_tif(cm), "json": json.dumps(pose).encode()}
+        if tile.test:
+            contents["format_agl"] = encode_tif(np.full_like(cm, FORMAT_AGL_CM))
+            contents["format_json"] = json.dumps({"scale": FORMAT_SCALE, "angle": FORMAT_ANGLE}).encode()
+        sizes = {}
+        for what, path in tile.targets().items():
+            _write(job.out / path, contents[what])
+            sizes[path] = len(contents[what])
+        _write(_note(job.out, tile), json.dumps({"files": sizes, "gsd_m": round(camera.gsd_m, 6)}).encode())
+        done.append((tile.id, round(camera.gsd_m, 6)))
+    return done
+
+
+def view_camera(city: str, size: int, seed: int, place: int, view: int):  # type: ignore[no-untyped-def]
+    """The camera of a view."""
+    from shards import synth_camera, synth_districts
+
+    return synth_camera.draw_camera(city, size, synth_districts.keyed(seed, place, 6, view))
+
+
+def encode_j2k(rgb: npt.NDArray[np.uint8]) -> bytes:
+    """JPEG 2000 codestream at 44 dB, visually lossless, as a provider would deliver."""
+    import imagecodecs
+
+    return bytes(imagecodecs.jpeg2k_encode(rgb, level=44, codecformat="j2k", numthreads=1))
+
+
+def encode_tif(cm: npt.NDArray[np.uint16]) -> bytes:
+    """Lossless deflate TIFF of heights in centimetres."""
+    import tifffile
+
+    buffer = io.BytesIO()
+    tifffile.imwrite(
+        buffer,
+        cm,
+        compression="zlib",
+        compressionargs={"level": 4},
+        predictor=True,
+        metadata=None,
+        rowsperstrip=256,
+    )
+    return buffer.getvalue()
+
+
+def _note(out: Path, tile: TileName) -> Path:
+    return out / BOOKS / "tiles" / f"{tile.stem}.json"
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        files.write_bytes(path, data)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"{path}: the disk is full; free some space and run the same command again, it goes on where it stopped"
+        ) from error
+
+
+def _finished(out: Path, tile: TileName) -> float | None:
+    """GSD of a tile whose files are all there with the sizes that were noted, else None."""
+    try:
+        note = json.loads(_note(out, tile).read_bytes())
+        whole = all((out / path).stat().st_size == size for path, size in note["files"].items())
+        return float(note["gsd_m"]) if whole else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _prepare(recipe: SynthRecipe, names: list[TileName]) -> None:
+    """Refuse a folder that holds something else; write the recipe's note into a new one."""
+    out = recipe.out
+    facts = {"version": PLAN_VERSION} | {
+        f.name: getattr(recipe, f.name)
+        for f in dataclasses.fields(recipe)
+        if f.name not in ("out", "workers", "dry_run")
+    }
+    book = out / BOOKS / "recipe.json"
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder to write into")
+    if book.is_file():
+        try:
+            before = json.loads(book.read_bytes())
+        except ValueError as error:
+            raise UserError(
+                f"{book} cannot be read as JSON; remove the folder {out} and run again"
+            ) from error
+        differs = [f"{k} was {before.get(k)}, is {v}" for k, v in facts.items() if before.get(k) != v]
+        if differs:
+            raise UserError(
+                f"{out} was begun by another recipe ({'; '.join(differs)}); use the same options or another --out"
+            )
+    elif out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out} holds files that synth did not write; name a new or empty folder with --out")
+    expected = {path for tile in names for path in tile.targets().values()}
+    for folder in ("train", "test_rgbs", "submission_format", "test_truth"):
+        for path in sorted((out / folder).glob("*")) if (out / folder).is_dir() else []:
+            if path.name.startswith(".") and path.name.endswith(".tmp"):
+                path.unlink(missing_ok=True)  # left by a run that was killed
+            elif f"{folder}/{path.name}" not in expected:
+                raise UserError(
+                    f"{path} is not a file of this dataset; move it away or name another folder with --out"
+                )
+    if not recipe.dry_run:
+        _write(book, json.dumps(facts).encode())
+
+
+def _jobs(recipe: SynthRecipe, missing: list[TileName]) -> list[Job]:
+    """One job per place, or a few where places are fewer than workers."""
+    workers = recipe.workers or pool.usable_cores()
+    by_place: dict[int, list[TileName]] = {}
+    for tile in missing:
+        by_place.setdefault(tile.place, []).append(tile)
+    parts = -(-workers // max(1, len(by_place)))
+    jobs = []
+    for place, tiles in by_place.items():
+        length = -(-len(tiles) // parts)
+        for start in range(0, len(tiles), length):
+            part = tuple(tiles[start : start + length])
+            jobs.append(Job(recipe.out, recipe.size, recipe.seed, tiles[0].city, place, part))
+    return jobs
+
+
+def _expected_bytes(recipe: SynthRecipe, tiles: list[TileName]) -> int:
+    return int(len(tiles) * recipe.size**2 * sum(BYTES_PER_PIXEL.values()))
+
+
+def _write_tables(out: Path, names: list[TileName], gsd: dict[str, float]) -> None:
+    """The CSV files, rows in the order of ids so that neighbours are strangers."""
+    ordered = sorted(names, key=lambda tile: tile.id)
+
+    def stem(tile: TileName, what: str) -> str:
+        return f"{tile.stem}_{what}"
+
+    tables: dict[str, list[list[str]]] = {
+        "metadata.csv": [["id", "city", "gsd"], *([t.id, t.city, str(gsd[t.id])] for t in ordered)],
+        "geopose_train.csv": [
+            ["id", "agl", "json", "rgb"],
+            *(
+                [t.id, stem(t, "AGL.tif"), stem(t, "VFLOW.json"), stem(t, "RGB.j2k")]
+                for t in ordered
+                if not t.test
+            ),
+        ],
+        "geopose_test.csv": [["id", "rgb"], *([t.id, stem(t, "RGB.j2k")] for t in ordered if t.test)],
+        "places.csv": [["id", "place"], *([t.id, f"{t.city}{t.place:05d}"] for t in ordered)],
+    }
+    for name, rows in tables.items():
+        _write(out / name, "".join(",".join(row) + "\n" for row in rows).encode())
+
+
+def _sum_up(recipe: SynthRecipe, names: list[TileName], missing: list[TileName]) -> Iterator[str]:
+    tests = [tile for tile in names if tile.test]
+    yield f"{recipe.out}: {len(names)} tiles of {recipe.size} x {recipe.size} pixels, {len(names) - len(tests)} train, {len(tests)} test"
+    for city in recipe.cities:
+        own = [tile for tile in names if tile.city == city]
+        yield (
+            f"  {city}: {len({t.place for t in own})} places ({len({t.place for t in own if t.test})} test), {len(own)} tiles"
+        )
+    yield f"  still to write: {len(missing)} tiles, about {_expected_bytes(recipe, missing) / 1e6:.0f} MB"
+
+
+def run(recipe: SynthRecipe) -> None:
+    """Write the dataset; raises UserError if the folder or the disk does not allow it."""
+    names = tile_names(recipe)
+    _prepare(recipe, names)
+    gsd = {tile.id: value for tile in names if (value := _finished(recipe.out, tile)) is not None}
+    missing = [tile for tile in names if tile.id not in gsd]
+    if recipe.dry_run:
+        print("\n".join(_sum_up(recipe, names, missing)))
+        return
+    free = shutil.disk_usage(recipe.out).free
+    if free < _expected_bytes(recipe, missing):
+        raise UserError(
+            f"{recipe.out}: {len(missing)} tiles need about {_expected_bytes(recipe, missing) / 1e6:.0f} MB but only "
+            f"{free / 1e6:.0f} MB are free; free some space or ask for less with --places, --views or --size"
+        )
+    for folder in ("train", "test_rgbs", "submission_format", "test_truth"):
+        (recipe.out / folder).mkdir(exist_ok=True)
+    jobs = _jobs(recipe, missing)
+    with metrics_log.Progress(len(names), "synth", start=len(gsd)) as progress:
+        with contextlib.closing(pool.process_map(render_job, jobs, workers=recipe.workers)) as results:  # type: ignore[type-var]
+            for done in results:
+                gsd.update(done)
+                progress.advance(len(done))
+    _write_tables(recipe.out, names, gsd)
+    print(f"{recipe.out}: {len(names)} tiles, {len(missing)} of them new", file=sys.stderr)
+
+
+__all__ = ["SynthRecipe", "run"]

@@ -1,0 +1,478 @@
+"""Blocks that look like the four cities, and the plan of a place made of them.
+
+ARG: an old grid, party walls, patios, flat and tiled roofs. ATL: towers and car parks over leafy streets. JAX:
+suburbs with pitched roofs, ponds, a shopping centre. OMA: warehouses, mid-rise blocks, small houses, few trees.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from shards.synth_camera import ground_reach_m
+from shards.synth_city import (
+    BLANK,
+    CURTAIN,
+    HOUSE,
+    PUNCHED,
+    RIBBON,
+    ROOF,
+    Frame,
+    Plan,
+    Rgb,
+    rectangle,
+)
+from shards.synth_streets import Box, Site, blocks, jittered, pond, street_cars, street_trees
+
+Generator = np.random.Generator
+
+WALLS: tuple[Rgb, ...] = (
+    (206, 196, 178),
+    (188, 172, 150),
+    (170, 128, 104),
+    (214, 212, 206),
+    (152, 148, 142),
+    (128, 96, 82),
+)
+FLAT_ROOFS: tuple[Rgb, ...] = (
+    (198, 196, 190),
+    (168, 166, 162),
+    (226, 226, 222),
+    (120, 120, 120),
+    (92, 90, 90),
+    (150, 140, 126),
+)
+SHINGLES: tuple[Rgb, ...] = (
+    (118, 106, 96),
+    (98, 94, 92),
+    (138, 120, 102),
+    (84, 80, 80),
+    (150, 140, 128),
+    (120, 84, 70),
+)
+TILES: tuple[Rgb, ...] = ((172, 104, 76), (156, 92, 68), (184, 122, 92))
+SHEETS: tuple[Rgb, ...] = (
+    (204, 206, 206),
+    (180, 186, 190),
+    (150, 156, 160),
+    (214, 210, 200),
+    (120, 146, 160),
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a city is laid out: cell (m), tallest body (m), street pitch (m), grid wobble, avenues, bend (m)."""
+
+    cell_m: float
+    tallest_m: float
+    pitch: tuple[float, float]
+    wobble: float
+    wide: int
+    bend_m: float
+    fill: Callable[[Site, Box, Generator], None]
+
+
+def _pick(colours: tuple[Rgb, ...], rng: Generator) -> Rgb:
+    return jittered(colours[int(rng.integers(len(colours)))], rng, 8)
+
+
+def flat_building(
+    site: Site,
+    x: float,
+    y: float,
+    a: float,
+    b: float,
+    turn: float,
+    height: float,
+    rng: Generator,
+    style: int | None = None,
+) -> None:
+    """A flat-roofed body with a parapet and plant on top; its facade follows its height unless given."""
+    if style is None:
+        tall = height > 22
+        style = int(
+            rng.choice([CURTAIN, PUNCHED, RIBBON], p=[0.4, 0.35, 0.25] if tall else [0.08, 0.67, 0.25])
+        )
+    wall = _pick(WALLS, rng)
+    if style == CURTAIN:
+        wall = jittered((120, 128, 134), rng, 16)
+    floor, bay = float(rng.uniform(3.0, 4.0)), float(rng.uniform(2.8, 5.5))
+    looks = {"wall": wall, "turn": turn, "floor": floor, "bay": bay, "style": style, "material": ROOF}
+    glass = float(rng.uniform(0.5, 1.5))
+    roof = _pick(FLAT_ROOFS, rng)
+    rim = site.plan.thing(jittered((200, 198, 192), rng), glass=glass, **looks)  # type: ignore[arg-type]
+    flat = site.plan.thing(roof, glass=glass, grain=0.05, patch=0.16, **looks)  # type: ignore[arg-type]
+    site.plan.box(x, y, a, b, turn, height, rim)
+    if a > 2 and b > 2:
+        site.plan.box(x, y, a - 0.45, b - 0.45, turn, max(height - 0.7, 0.5), flat)
+        if min(a, b) > 5:
+            site.roof_things(x, y, a - 1, b - 1, turn, height - 0.7, rng)
+
+
+def tower(
+    site: Site, x: float, y: float, a: float, b: float, turn: float, height: float, rng: Generator
+) -> None:
+    """A tall building, often set back once or twice and crowned by a plant room."""
+    cos, sin = math.cos(turn), math.sin(turn)
+    if rng.random() < 0.55 and min(a, b) > 11:
+        flat_building(site, x, y, a, b, turn, float(rng.uniform(8, 20)), rng)
+        a, b = a * float(rng.uniform(0.55, 0.8)), b * float(rng.uniform(0.55, 0.8))
+        u, v = float(rng.uniform(-0.2, 0.2)) * a, float(rng.uniform(-0.2, 0.2)) * b
+        x, y = x + u * cos - v * sin, y + u * sin + v * cos
+    flat_building(site, x, y, a, b, turn, height, rng)
+    if rng.random() < 0.4 and height > 50:
+        flat_building(site, x, y, a * 0.7, b * 0.7, turn, height * 1.14, rng)
+        a, b, height = a * 0.7, b * 0.7, height * 1.14
+    site.plan.box(x, y, a * 0.4, b * 0.4, turn, height + 4.5, site.unit)
+
+
+def house(
+    site: Site, x: float, y: float, a: float, b: float, turn: float, rng: Generator, storeys: int = 1
+) -> None:
+    """A pitched-roofed house, one or two wings, of half sides a >= b."""
+    if a < b:
+        a, b, turn = b, a, turn + math.pi / 2
+    roof = _pick(SHINGLES if rng.random() < 0.85 else TILES, rng)
+    looks = {
+        "wall": _pick(WALLS, rng),
+        "floor": 2.9,
+        "bay": 3.2,
+        "style": HOUSE,
+        "material": ROOF,
+        "grain": 0.07,
+        "patch": 0.07,
+    }
+    eave, pitch = 2.8 * storeys + 0.2, float(rng.uniform(0.38, 0.7))
+    hip = rng.random() < 0.55
+    thing = site.plan.thing(roof, turn=turn, rib=0.9, **looks)  # type: ignore[arg-type]
+    site.plan.roofed(x, y, a, b, turn, eave, pitch, hip, thing)
+    if rng.random() < 0.65:
+        side = 1 if rng.random() < 0.5 else -1
+        u, v = side * (a - b * 0.62), (1 if rng.random() < 0.5 else -1) * b * 0.75
+        wx, wy = x + u * math.cos(turn) - v * math.sin(turn), y + u * math.sin(turn) + v * math.cos(turn)
+        wing = site.plan.thing(roof, turn=turn + math.pi / 2, rib=0.9, **looks)  # type: ignore[arg-type]
+        site.plan.roofed(wx, wy, b * 0.95, b * 0.6, turn + math.pi / 2, eave, pitch, hip, wing)
+
+
+def shed(
+    site: Site, x: float, y: float, a: float, b: float, turn: float, height: float, rng: Generator
+) -> None:
+    """A large hall: ribbed metal or membrane, flat or barely pitched, with skylights or plant."""
+    if rng.random() < 0.5:
+        looks = {"wall": _pick(SHEETS, rng), "style": BLANK, "material": ROOF, "grain": 0.04, "patch": 0.10}
+        thing = site.plan.thing(_pick(SHEETS, rng), turn=turn, rib=2.4, **looks)  # type: ignore[arg-type]
+        site.plan.roofed(x, y, a, b, turn, height, float(rng.uniform(0.04, 0.12)), False, thing)
+        site.roof_things(x, y, a, b, turn, height + 0.05 * b, rng)
+    else:
+        flat_building(site, x, y, a, b, turn, height, rng, BLANK)
+
+
+def arg_block(site: Site, box: Box, rng: Generator) -> None:
+    """Lots with a narrow front: a house on the street, a patio, a back building; some towers."""
+    x0, y0, x1, y1 = box
+    plan, frame = site.plan, site.frame
+    site.ground(box, site.pavement)
+    if rng.random() < 0.05:  # a plaza
+        site.ground((x0 + 3, y0 + 3, x1 - 3, y1 - 3), site.lawn)
+        plan.line([frame.world(x0, y0), frame.world(x1, y1)], site.pavement, 3.0)
+        plan.line([frame.world(x1, y0), frame.world(x0, y1)], site.pavement, 3.0)
+        site.trees(box, 70, rng, 9.0)
+        return
+    inner = (x0 + 3.2, y0 + 3.2, x1 - 3.2, y1 - 3.2)
+    site.ground(inner, site.lot if rng.random() < 0.4 else site.soil)
+    middle = (inner[1] + inner[3]) / 2 + float(rng.uniform(-8, 8))
+    for row in (0, 1):
+        x = inner[0]
+        while x < inner[2] - 6:
+            width = min(float(rng.uniform(8, 15)), inner[2] - x)
+            if inner[2] - x - width < 6:
+                width = inner[2] - x
+            front, back = (inner[1], middle) if row == 0 else (inner[3], middle)
+            _arg_lot(site, x, x + width, front, back, rng)
+            x += width
+    street_trees(site, box, rng, 0.75, 7.5)
+    street_cars(site, box, rng, 0.5)
+
+
+def _arg_lot(site: Site, x0: float, x1: float, front: float, back: float, rng: Generator) -> None:
+    frame, depth, inward = site.frame, abs(back - front), 1 if back > front else -1
+    turn = frame.angle((x0 + x1) / 2, front)
+
+    def body(near: float, far: float, left: float, right: float, height: float) -> None:
+        x, y = frame.world((left + right) / 2, front + inward * (near + far) / 2)
+        a, b = (right - left) / 2, (far - near) / 2
+        draw = rng.random()
+        if height < 8 and draw < 0.30:
+            looks = {
+                "wall": _pick(WALLS, rng),
+                "style": HOUSE,
+                "material": ROOF,
+                "grain": 0.08,
+                "patch": 0.10,
+            }
+            along = turn if a > b else turn + math.pi / 2
+            roof = site.plan.thing(_pick(TILES, rng), turn=along, rib=0.9, **looks)  # type: ignore[arg-type]
+            site.plan.roofed(x, y, max(a, b), min(a, b), along, height - 0.8, 0.42, draw < 0.1, roof)
+        elif height < 8 and draw < 0.48:
+            metal = site.plan.thing(
+                _pick(SHEETS, rng), turn=turn, rib=1.1, material=ROOF, wall=_pick(WALLS, rng), patch=0.2
+            )
+            site.plan.roofed(x, y, a, b, turn, height - 0.5, 0.1, False, metal)
+        else:
+            flat_building(site, x, y, a, b, turn, height, rng, PUNCHED if height > 8 else HOUSE)
+
+    house_depth = min(float(rng.uniform(12, 26)), depth - 4)
+    if rng.random() < 0.025 and x1 - x0 > 10:
+        x, y = frame.world((x0 + x1) / 2, front + inward * 12)
+        tower(site, x, y, (x1 - x0) / 2, 10, turn, float(np.clip(rng.gamma(4, 8), 18, 85)), rng)
+        return
+    storeys = int(rng.choice([1, 2, 3, 4], p=[0.46, 0.40, 0.11, 0.03]))
+    set_back = float(rng.uniform(2, 5)) if rng.random() < 0.3 else 0.0
+    body(set_back, set_back + house_depth, x0, x1, 3.3 * storeys + float(rng.uniform(0.3, 1.1)))
+    rest = depth - set_back - house_depth
+    left, right = site.frame.world(x0, 0), site.frame.world(x1, 0)
+    del left, right
+    near = set_back + house_depth
+    if rest > 5 and rng.random() < 0.55:
+        ground = (x0 + 0.3, *sorted((front + inward * near, back)), x1 - 0.3)
+        site.ground((ground[0], ground[1], ground[3], ground[2]), site.lawn)
+    if rest > 9 and rng.random() < 0.75:
+        deep = float(rng.uniform(3.5, min(9.0, rest - 4)))
+        share = float(rng.uniform(0.5, 1.0))
+        body(depth - deep, depth, x0, x0 + share * (x1 - x0), float(rng.uniform(3.0, 6.4)))
+        rest -= deep
+    if rest > 9 and x1 - x0 > 9 and rng.random() < 0.18:
+        x, y = site.frame.world((x0 + x1) / 2, front + inward * (near + 4.5))
+        site.plan.paint(rectangle(x, y, 2.0, 3.4, turn), site.pool)
+    elif rest > 5:
+        for _ in range(int(rng.poisson(0.9))):
+            x, y = site.frame.world(
+                float(rng.uniform(x0 + 1.5, x1 - 1.5)),
+                front + inward * (near + float(rng.uniform(1, rest - 1))),
+            )
+            site.tree(x, y, rng, 6.0, 0.3)
+
+
+def atl_block(site: Site, box: Box, rng: Generator) -> None:
+    """Towers, offices, car parks; or a wooded residential block, by how central the place is."""
+    x0, y0, x1, y1 = box
+    w, h = x1 - x0, y1 - y0
+    frame = site.frame
+    cx, cy = (x0 + x1) / 2, (y0 + y1) / 2
+    turn = frame.angle(cx, cy)
+    draw = rng.random()
+    downtown = 1 - site.greenness
+    if draw > downtown:
+        site.ground(box, site.lawn)
+        for u in np.arange(x0 + 14, x1 - 10, 27.0):
+            for v, side in ((y0 + 14, 1), (y1 - 14, -1)):
+                x, y = frame.world(float(u + rng.uniform(-2, 2)), float(v + side * rng.uniform(-2, 3)))
+                if rng.random() < 0.85:
+                    house(
+                        site,
+                        x,
+                        y,
+                        float(rng.uniform(6, 9)),
+                        float(rng.uniform(4.5, 6)),
+                        turn,
+                        rng,
+                        int(rng.integers(1, 3)),
+                    )
+        site.trees(box, 0.0115 * w * h, rng, 15.0, 0.35)
+        street_cars(site, box, rng, 0.10)
+        return
+    site.ground(box, site.pavement)
+    nx, ny = max(1, round(w / 62)), max(1, round(h / 62))
+    for i in range(nx):
+        for j in range(ny):
+            cell = (
+                x0 + w * i / nx + 3,
+                y0 + h * j / ny + 3,
+                x0 + w * (i + 1) / nx - 3,
+                y0 + h * (j + 1) / ny - 3,
+            )
+            _atl_lot(site, cell, turn, rng)
+    street_trees(site, box, rng, 0.6, 8.0)
+    street_cars(site, box, rng, 0.25)
+
+
+def _atl_lot(site: Site, box: Box, turn: float, rng: Generator) -> None:
+    x0, y0, x1, y1 = box
+    x, y = site.frame.world((x0 + x1) / 2, (y0 + y1) / 2)
+    a, b = (x1 - x0) / 2, (y1 - y0) / 2
+    draw = rng.random()
+    if draw < 0.22:
+        height = float(np.clip(rng.gamma(2.2, 24) + 24, 28, 185))
+        tower(site, x, y, a * rng.uniform(0.6, 0.95), b * rng.uniform(0.6, 0.95), turn, height, rng)
+    elif draw < 0.52:
+        flat_building(
+            site, x, y, a * rng.uniform(0.6, 1), b * rng.uniform(0.6, 1), turn, float(rng.uniform(6, 26)), rng
+        )
+    elif draw < 0.62:  # a car park on floors: open facade, cars on the roof
+        high = 3.1 * int(rng.integers(3, 7))
+        deck = site.plan.thing(
+            jittered((160, 158, 152), rng),
+            turn=turn,
+            style=RIBBON,
+            floor=3.1,
+            bay=8,
+            glass=0.35,
+            material=ROOF,
+            patch=0.12,
+        )
+        site.plan.box(x, y, a * 0.9, b * 0.9, turn, high, deck)
+    elif draw < 0.82:
+        site.car_park(box, rng, float(rng.uniform(0.3, 0.9)))
+    else:
+        site.ground(box, site.lawn)
+        site.trees(box, 0.009 * (x1 - x0) * (y1 - y0), rng, 13.0)
+
+
+def jax_block(site: Site, box: Box, rng: Generator) -> None:
+    """Two rows of detached houses with lawns and pools; a pond, a wood, or a shopping centre instead."""
+    x0, y0, x1, y1 = box
+    w, h = x1 - x0, y1 - y0
+    frame = site.frame
+    draw = rng.random()
+    if draw < 0.07:
+        site.ground(box, site.grass)
+        x, y = frame.world((x0 + x1) / 2, (y0 + y1) / 2)
+        pond(site, x, y, float(0.36 * min(w, h)), rng)
+        site.trees(box, 0.002 * w * h, rng, 9.0)
+        return
+    if draw < 0.16:
+        site.ground(box, site.grass)
+        site.trees(box, 0.016 * w * h, rng, 13.0, 0.55)
+        return
+    if draw < 0.27:
+        deep = h * 0.45
+        site.car_park((x0, y0 + deep + 3, x1, y1), rng, float(rng.uniform(0.2, 0.7)))
+        site.ground((x0, y0, x1, y0 + deep + 3), site.pavement)
+        x, y = frame.world((x0 + x1) / 2, y0 + deep / 2 + 1)
+        shed(
+            site, x, y, 0.44 * w, deep / 2 - 2, frame.angle((x0 + x1) / 2, y0), float(rng.uniform(6, 10)), rng
+        )
+        return
+    site.ground(box, site.lawn if rng.random() < 0.7 else site.grass)
+    lots = max(1, round(w / float(rng.uniform(19, 24))))
+    for k in range(lots):
+        for front, inward in ((y0, 1), (y1, -1)):
+            u = x0 + w * (k + 0.5) / lots
+            x, y = frame.world(u, front + inward * (11 + float(rng.uniform(0, 4))))
+            turn = frame.angle(u, front)
+            if rng.random() < 0.06:
+                continue
+            drive = frame.outline(
+                u + 3.5, min(front, front + inward * 9), u + 8.0, max(front, front + inward * 9)
+            )
+            site.plan.paint(drive, site.pavement)
+            house(
+                site,
+                x,
+                y,
+                float(rng.uniform(6.5, 8.6)),
+                float(rng.uniform(4.6, 6.2)),
+                turn,
+                rng,
+                2 if rng.random() < 0.22 else 1,
+            )
+            px, py = frame.world(u + float(rng.uniform(-4, 4)), front + inward * 23)
+            if rng.random() < 0.22:
+                site.plan.paint(rectangle(px, py, 4.4, 3.2, turn), site.pavement)
+                site.plan.paint(rectangle(px, py, 3.2, 2.0, turn), site.pool)
+            if rng.random() < 0.3:
+                cx, cy = frame.world(u + 5.7, front + inward * 3.5)
+                site.car(cx, cy, turn + math.pi / 2, rng)
+    site.trees(box, (0.0035 + 0.007 * site.greenness) * w * h, rng, 10.5, 0.4)
+    street_cars(site, box, rng, 0.05)
+
+
+def oma_block(site: Site, box: Box, rng: Generator) -> None:
+    """Halls with yards, mid-rise blocks with car parks, small houses, or open ground."""
+    x0, y0, x1, y1 = box
+    w, h = x1 - x0, y1 - y0
+    frame = site.frame
+    cx, cy = (x0 + x1) / 2, (y0 + y1) / 2
+    turn = frame.angle(cx, cy)
+    draw = rng.random()
+    if draw < 0.30:
+        site.ground(box, site.lot)
+        split = float(rng.uniform(0.4, 0.6))
+        for left, right in ((0.0, split), (split, 1.0)):
+            if rng.random() < 0.7:
+                x, y = frame.world(x0 + w * (left + right) / 2, cy + float(rng.uniform(-0.1, 0.1)) * h)
+                a, b = (
+                    w * (right - left) / 2 * float(rng.uniform(0.6, 0.85)),
+                    h / 2 * float(rng.uniform(0.4, 0.75)),
+                )
+                shed(site, x, y, a, b, turn, float(rng.uniform(5.5, 12)), rng)
+        site.trees(box, 0.0004 * w * h, rng, 7.0)
+        street_cars(site, box, rng, 0.1)
+    elif draw < 0.50:
+        site.ground(box, site.pavement)
+        site.car_park((x0 + 3, cy + 2, x1 - 3, y1 - 3), rng, float(rng.uniform(0.2, 0.8)))
+        x, y = frame.world(cx, (y0 + cy) / 2)
+        style = int(rng.choice([PUNCHED, RIBBON]))
+        flat_building(site, x, y, 0.40 * w, h * 0.15, turn, 3.4 * int(rng.integers(2, 9)), rng, style)
+        street_trees(site, box, rng, 0.3, 6.5)
+        street_cars(site, box, rng, 0.2)
+    elif draw < 0.82:
+        site.ground(box, site.grass if rng.random() < 0.6 else site.lawn)
+        lots = max(1, round(w / 17))
+        for k in range(lots):
+            for front, inward in ((y0, 1), (y1, -1)):
+                u = x0 + w * (k + 0.5) / lots
+                if rng.random() < 0.88:
+                    x, y = frame.world(u, front + inward * (12 + float(rng.uniform(-1, 2))))
+                    house(
+                        site,
+                        x,
+                        y,
+                        float(rng.uniform(5, 7.5)),
+                        float(rng.uniform(3.8, 5)),
+                        turn,
+                        rng,
+                        2 if rng.random() < 0.35 else 1,
+                    )
+                if rng.random() < 0.5:
+                    x, y = frame.world(u + 4, front + inward * 27)
+                    house(site, x, y, 3.4, 3.0, turn, rng)
+        site.trees(box, 0.0026 * w * h, rng, 9.0)
+        street_cars(site, box, rng, 0.12)
+    elif draw < 0.91:
+        site.car_park(box, rng, float(rng.uniform(0.1, 0.6)))
+    else:
+        site.ground(box, site.dry if rng.random() < 0.5 else site.grass)
+        site.trees(box, 0.0015 * w * h, rng, 9.0)
+
+
+KINDS = {
+    "ARG": Kind(0.26, 96.0, (112.0, 96.0), 0.06, 5, 0.0, arg_block),
+    "ATL": Kind(0.38, 196.0, (128.0, 112.0), 0.12, 3, 0.0, atl_block),
+    "JAX": Kind(0.26, 40.0, (170.0, 74.0), 0.10, 4, 22.0, jax_block),
+    "OMA": Kind(0.26, 60.0, (150.0, 104.0), 0.10, 3, 0.0, oma_block),
+}
+
+
+def build(city: str, size: int, seed: int, place: int) -> Plan:
+    """The ground plan of a place, large enough for every view of tiles of `size` pixels."""
+    kind = KINDS[city]
+    rng = keyed(seed, place, 1)
+    turn, phase = float(rng.uniform(-0.6, 0.6)), float(rng.uniform(0, 6.28))
+    greenness = float(rng.uniform(0.15, 0.75))
+    plan = Plan(ground_reach_m(city, size, kind.tallest_m), kind.cell_m)
+    site = Site(plan, Frame(turn, kind.bend_m, phase=phase), rng, greenness)
+    for i, j, box in blocks(site, kind.pitch, kind.wobble, kind.wide):
+        kind.fill(site, box, keyed(seed, place, 2, i, j))
+    return plan
+
+
+def keyed(*numbers: int) -> Generator:
+    """The generator of a key: (seed, place, stage, ...); the same on every machine and in every process."""
+    return np.random.Generator(
+        np.random.Philox(np.random.SeedSequence([number & 0xFFFFFFFF for number in numbers]))
+    )

@@ -1,0 +1,161 @@
+"""What a day and a sensor make of a place: sun, season, haze, colour cast, blur, noise, 8 bits; and label faults.
+
+The sun's place in the sky is drawn apart from the camera's, so that no network can read one from the other.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from geopose_dist.kernels.render import Light, Picture, Terrain, render
+from shards.synth_camera import Camera
+from shards.synth_city import DECIDUOUS, EVERGREEN, GRASS, SOIL, WATER, Plan
+from shards.synth_districts import keyed
+
+F32 = npt.NDArray[np.float32]
+U8 = npt.NDArray[np.uint8]
+
+SUN_BEARING_DEG = {"ARG": 40.0, "ATL": 150.0, "JAX": 150.0, "OMA": 152.0}
+"""Morning passes: the sun stands north-east in the southern hemisphere, south-east in the northern."""
+NO_DATA_SHARE = {"ARG": 0.21, "ATL": 0.002, "JAX": 0.04, "OMA": 0.015}
+"""Mean share of pixels without height, from the challenge's tiles (DOMAIN section 2)."""
+MATERIALS = 7
+
+
+@dataclass(frozen=True)
+class Day:
+    """Light, season and air of one view."""
+
+    light: Light
+    gains: F32
+    haze: float
+    air: tuple[float, float, float]
+    cast: tuple[float, float, float]
+    blur_px: float
+    noise: float
+    gamma: float
+
+
+def draw_day(city: str, rng: np.random.Generator) -> Day:
+    """A morning of any season."""
+    bearing = math.radians(SUN_BEARING_DEG.get(city, 150.0) + float(rng.uniform(-55, 55)))
+    height = math.radians(float(rng.uniform(28, 68)))
+    # Bearing is clockwise from north; the map has x east and y south.
+    to_sun = (math.cos(height) * math.sin(bearing), -math.cos(height) * math.cos(bearing), math.sin(height))
+    warm = float(rng.uniform(0.0, 0.10))
+    season = float(rng.uniform(-1, 1))  # 1: lush, -1: bare
+    gains = np.ones((MATERIALS, 3), np.float32)
+    gains[GRASS] = np.array([1.12, 1.0, 0.95]) * (1.05 - 0.1 * season) + np.array(
+        [-0.28, -0.02, -0.10]
+    ) * max(season, 0)
+    if season < 0:
+        gains[GRASS] += np.array([0.55, 0.22, 0.25]) * -season
+    bare = max(-season - 0.2, 0) / 0.8
+    gains[DECIDUOUS] = np.array([1.0, 1.0, 1.0]) + np.array([0.75, 0.2, 0.75]) * bare
+    gains[EVERGREEN] = 1 + 0.1 * float(rng.uniform(-1, 1))
+    gains[SOIL] = 1 + 0.15 * float(rng.uniform(-1, 1))
+    gains[WATER] = float(np.exp(rng.normal(0.1, 0.5)))  # sun glint and silt change from day to day
+    sky = float(rng.uniform(0.20, 0.36))
+    haze = float(rng.beta(1.6, 5)) * 0.45
+    tint = rng.normal(0, 0.03, 3)
+    return Day(
+        light=Light(to_sun, (1.25, 1.22 - warm / 2, 1.15 - warm), (0.80 * sky, 0.95 * sky, 1.25 * sky)),
+        gains=gains.astype(np.float32),
+        haze=haze,
+        air=(0.20, 0.23, 0.27),
+        cast=(float(1 + tint[0]), float(1 + tint[1]), float(1 + tint[2])),
+        blur_px=float(rng.uniform(0.40, 0.75)),
+        noise=float(rng.uniform(0.8, 2.2)),
+        gamma=float(rng.uniform(0.46, 0.56)),
+    )
+
+
+@functools.cache
+def noise_texture(side: int = 512) -> F32:
+    """A periodic texture with mean 0 and deviation 1, a little smoother than white."""
+    white = keyed(20, 22).standard_normal((side, side), np.float32)
+    soft = white + 0.5 * (np.roll(white, 1, 0) + np.roll(white, 1, 1))
+    return np.ascontiguousarray((soft - soft.mean()) / soft.std(), np.float32)
+
+
+def take_picture(plan: Plan, terrain: Terrain, around: F32, camera: Camera, day: Day, size: int) -> Picture:
+    """Radiance and truth of a view of `size` x `size` pixels."""
+    affine = camera.affine((size, size), plan.cell, plan.height.shape)
+    return render(
+        terrain,
+        plan.ids,
+        plan.objects(),
+        day.gains,
+        around,
+        noise_texture(),
+        affine,
+        day.light,
+        plan.cell,
+        size,
+        size,
+    )
+
+
+def develop(radiance: F32, day: Day, rng: np.random.Generator) -> U8:
+    """The 8-bit image of a radiance: haze, cast, blur, stretch, noise."""
+    image = radiance * np.float32(1 - day.haze)
+    image += np.array(day.air, np.float32) * np.float32(day.haze)
+    image *= np.array(day.cast, np.float32)
+    image = cv2.GaussianBlur(image, (5, 5), day.blur_px, borderType=cv2.BORDER_REFLECT_101)
+    # One stretch for all bands, as a provider's true-colour product has; the darkest shadows stay off zero.
+    sample = image[::7, ::7]
+    low, high = (float(v) for v in np.percentile(sample, (0.3, 99.4)))
+    low *= 0.75
+    image -= np.float32(low)
+    image /= np.float32(max(high - low, 1e-3))
+    np.clip(image, 0, 1.3, out=image)
+    np.power(image, np.float32(day.gamma), out=image)
+    image *= 245
+    image += np.float32(day.noise) * rng.standard_normal(image.shape, np.float32)
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+
+
+def hole_map(city: str, plan: Plan, rng: np.random.Generator) -> U8:
+    """Where the lidar of a place has nothing: uint8 [map / 16], 1 = nothing.
+
+    Blobs and, in some places, the straight edge of a flight strip; how much varies from place to place.
+    """
+    step = 16
+    side = -(-plan.side // step)
+    mean = NO_DATA_SHARE.get(city, 0.02)
+    # Few places with much, many with little; the mean is the city's.
+    share = min(0.85, mean * float(rng.gamma(1.2, 1 / 1.2)))
+    field = rng.standard_normal((side, side)).astype(np.float32)
+    blob = max(1.5, 14.0 / (step * plan.cell))
+    field = cv2.GaussianBlur(field, (0, 0), blob)
+    strip = rng.random() < 0.5
+    bearing = float(rng.uniform(0, 2 * math.pi))
+    if strip:
+        y, x = np.mgrid[0:side, 0:side].astype(np.float32) - side / 2
+        ramp = x * math.cos(bearing) + y * math.sin(bearing)
+        field = 0.15 * field / field.std() + (ramp / (side / 2)).astype(np.float32) * 2
+    return (field > np.quantile(field, 1 - share)).astype(np.uint8)
+
+
+def label_cm(
+    picture: Picture, plan: Plan, holes: U8, city: str, rng: np.random.Generator
+) -> npt.NDArray[np.uint16]:
+    """Heights as a label file holds them: uint16 cm, 65535 where the lidar has no data."""
+    cm = np.rint(picture.agl_m * 100).astype(np.uint16)
+    step = -(-plan.side // holes.shape[0])
+    hole = holes[(picture.row / step).astype(np.intp), (picture.col / step).astype(np.intp)] > 0
+    objects = plan.objects()
+    if NO_DATA_SHARE.get(city, 0.02) > 0.01:
+        # Water sends the pulse elsewhere; some dark roofs swallow it.
+        swallowed = objects[:, 12] == WATER
+        hole |= swallowed[picture.seen]
+        thin = rng.random(cm.shape, np.float32) < 0.25 * NO_DATA_SHARE.get(city, 0.02)
+        hole |= thin & (picture.kind == 1)
+    cm[hole] = 65535
+    return cm
