@@ -132,8 +132,8 @@ cdef Hit look(Scene* s, View* v, double x, double y) noexcept nogil:
                 shift = FINE
             else:
                 block = s.height[row * s.cols + col]
-                if block >= h:
-                    hit.kind = WALL
+                if block >= h:  # equal where a skipped block let the ray down onto its highest top
+                    hit.kind = WALL if block - h > 1e-4 else TOP
                     break
         low_row = (row >> shift) << shift
         low_col = (col >> shift) << shift
@@ -250,6 +250,17 @@ cdef inline float grain(Scene* s, Py_ssize_t row, Py_ssize_t col) noexcept nogil
     return s.noise[(row & s.noise_mask) * (s.noise_mask + 1) + (col & s.noise_mask)]
 
 
+cdef inline float cloud(Scene* s, float row, float col) noexcept nogil:
+    """The texture between its points: for patches that are larger than a cell."""
+    cdef float fr = row - <float>floor(row)
+    cdef float fc = col - <float>floor(col)
+    cdef Py_ssize_t r = <Py_ssize_t>floor(row)
+    cdef Py_ssize_t c = <Py_ssize_t>floor(col)
+    cdef float above = (1 - fc) * grain(s, r, c) + fc * grain(s, r, c + 1)
+    cdef float under = (1 - fc) * grain(s, r + 1, c) + fc * grain(s, r + 1, c + 1)
+    return (1 - fr) * above + fr * under
+
+
 cdef void shade(Scene* s, Light* light, Hit* hit, uint32_t salt, float* rgb) noexcept nogil:
     """Linear radiance of what a ray met: material, texture, sun with cast shadow, sky light."""
     cdef int32_t thing = s.ids[hit.row * s.cols + hit.col]
@@ -282,7 +293,9 @@ cdef void shade(Scene* s, Light* light, Hit* hit, uint32_t salt, float* rgb) noe
         shift_row = hit.row + (code & 255)
         shift_col = hit.col + ((code >> 8) & 255)
         texture = 1 + o[GRAIN] * grain(s, shift_row, shift_col) + o[PATCH] * (
-            0.6 * grain(s, hit.row >> 4, hit.col >> 4) + 0.5 * grain(s, shift_row >> 2, shift_col >> 2) + 0.6 * grain(s, (hit.row >> 6) + 91, (hit.col >> 6) + 37))
+            0.45 * cloud(s, shift_row * <float>0.37, shift_col * <float>0.37)
+            + 0.7 * cloud(s, hit.row * <float>0.061, hit.col * <float>0.061)
+            + 0.7 * cloud(s, hit.row * <float>0.0123 + 91, hit.col * <float>0.0123 + 37))
         if o[RIB] > 0:  # courses of tiles, seams of sheet metal, rows of stalls
             along = (hit.at_col * o[SINE] - hit.at_row * o[COSINE]) * s.cell / o[RIB]
             along = along - <float>floor(along)
