@@ -211,8 +211,10 @@ class _Blocks:
         return shards, [0, *np.cumsum(self.sizes[shards]).tolist()]
 
     def index_at(self, visit: int, place: int) -> int:
-        groups = range(-(-len(self.sizes) // self.block) + 1)
-        group = bisect_right(groups, place, key=lambda g: self._before(visit, g)) - 1
+        group = place // (self.usual * self.block)
+        if len(self.odd):
+            groups = range(-(-len(self.sizes) // self.block) + 1)
+            group = bisect_right(groups, place, key=lambda g: self._before(visit, g)) - 1
         shards, before = self._group(visit, group)
         key = fold(self.seed, PURPOSE_GROUP, visit, group)
         turn = permute(key, before[-1], place - self._before(visit, group))
