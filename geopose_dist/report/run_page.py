@@ -70,7 +70,7 @@ def run(recipe: ReportRecipe) -> None:
     if written.is_file():
         parts += [page.heading("Recipe"), page.folded("recipe.yaml", written.read_text())]
     out = recipe.out or recipe.run / "report.html"
-    page.write(out, f"Geocentric pose: run {recipe.run.resolve().name}", parts)
+    page.write(out, f"Geocentric pose: {'/'.join(recipe.run.resolve().parts[-2:])}", parts)
     print(out)
 
 
