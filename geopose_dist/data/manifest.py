@@ -156,7 +156,7 @@ def open_split(root: str | Path, split: str) -> ShardSet:
     path = folder / INDEX_NAME
     try:
         index = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path}: cannot be read ({error}); pack again, or `geopose pack --index-only`") from error
     rows = sum(shard.samples for shard in manifest.shards)
     if index.dtype != INDEX_DTYPE or index.shape != (rows,):

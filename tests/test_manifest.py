@@ -1,0 +1,116 @@
+"""The manifest and index of a folder of shards: what is written is opened, and mismatches are refused."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from geopose_dist.data import manifest as manifests
+from geopose_dist.data.manifest import INDEX_DTYPE, Manifest, Shard
+from geopose_dist.errors import UserError
+
+SHARDS = [
+    Shard("train-000000.tar", "train", 3, 30000, "aa"),
+    Shard("train-000001.tar", "train", 2, 20000, "bb"),
+    Shard("val-000000.tar", "val", 4, 40000, "cc"),
+]
+MANIFEST = Manifest(SHARDS, ["ARG", "JAX"], {"train": {"ARG": {"tiles": 5}}}, {"reduce": 2})
+
+
+def index_of(rows: int) -> manifests.Index:
+    index = np.zeros(rows, INDEX_DTYPE)
+    index["offset"] = np.arange(rows) * 10_000
+    index["crc32"] = np.arange(rows) * 7
+    index["shard"] = [0, 0, 0, 1, 1, 2, 2, 2, 2][:rows]
+    return index
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    manifests.write(tmp_path, MANIFEST, index_of(9))
+    return tmp_path
+
+
+def test_what_is_written_is_read(folder: Path) -> None:
+    assert manifests.read_manifest(folder) == MANIFEST
+    train, val = (manifests.open_split(folder, split) for split in ("train", "val"))
+    assert (len(train), train.shard_sizes(), len(val), val.shard_sizes()) == (5, [3, 2], 4, [4])
+    np.testing.assert_array_equal(val.index, index_of(9)[5:])
+    assert isinstance(val.index, np.memmap)
+    facts = json.loads((folder / "manifest.json").read_text())
+    assert facts["samples"] == 9
+    assert facts["splits"] == {"train": 5, "val": 4}
+
+
+def test_the_same_shards_give_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    manifests.write(again, MANIFEST, index_of(9))
+    for name in ("manifest.json", "index.npy"):
+        assert (again / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_the_fingerprint_names_samples_and_their_order(folder: Path) -> None:
+    train = manifests.open_split(folder, "train")
+    names = {train.fingerprint(), manifests.open_split(folder, "val").fingerprint()}
+    names.add(dataclasses.replace(train, index=train.index[::-1]).fingerprint())
+    changed = dataclasses.replace(SHARDS[1], sha256="bc")
+    names.add(
+        dataclasses.replace(
+            train, manifest=dataclasses.replace(MANIFEST, shards=[SHARDS[0], changed])
+        ).fingerprint()
+    )
+    assert len(names) == 4
+    other_val = dataclasses.replace(
+        MANIFEST, shards=[*SHARDS[:2], dataclasses.replace(SHARDS[2], sha256="x")]
+    )
+    assert dataclasses.replace(train, manifest=other_val).fingerprint() == train.fingerprint()
+
+
+def refusal(folder: Path, split: str = "train") -> str:
+    with pytest.raises(UserError) as refused:
+        manifests.open_split(folder, split)
+    return str(refused.value)
+
+
+def test_an_unfinished_folder_is_refused(tmp_path: Path) -> None:
+    assert "run it again" in refusal(tmp_path)
+
+
+def test_an_unknown_split_is_refused_with_the_known(folder: Path) -> None:
+    assert re.search("no split 'test'.*train, val", refusal(folder, "test"))
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b"{", b"[]", b'{"schema": 1}', b'{"schema": 1, "shards": [{"name": "a"}]}']
+)
+def test_a_damaged_manifest_is_refused(folder: Path, damage: bytes) -> None:
+    (folder / "manifest.json").write_bytes(damage)
+    assert str(folder / "manifest.json") in refusal(folder)
+
+
+def test_a_manifest_of_another_version_says_both(folder: Path) -> None:
+    facts = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**facts, "schema": 9}))
+    assert "schema 9, this program reads 1" in refusal(folder)
+
+
+def test_an_index_of_other_shards_is_refused(folder: Path) -> None:
+    np.save(folder / "index.npy", index_of(8))
+    assert "wanted (9,)" in refusal(folder)
+    np.save(folder / "index.npy", np.zeros(9))
+    assert "does not belong" in refusal(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100])
+def test_an_index_cut_short_is_refused(folder: Path, keep: int) -> None:
+    path = folder / "index.npy"
+    path.write_bytes(path.read_bytes()[:keep])
+    assert str(path) in refusal(folder)
+
+
+def test_an_index_never_loads_objects(folder: Path) -> None:
+    np.save(folder / "index.npy", np.array([{}] * 9, object), allow_pickle=True)
+    assert str(folder / "index.npy") in refusal(folder)
