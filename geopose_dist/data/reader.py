@@ -125,16 +125,14 @@ def _rgb(members: dict[str, memoryview], where: str, size: tuple[int, int]) -> U
     extension = _only(members, "rgb.", where)
     if extension is None:
         raise UserError(f"{where}: no .rgb.* member among {', '.join(members)}; pack again")
-    return codecs.decode_rgb(
-        extension.removeprefix("rgb."), bytes(members[extension]), f"{where}.{extension}"
-    )
+    name = extension.removeprefix("rgb.")
+    return codecs.decode_rgb(name, bytes(members[extension]), f"{where}.{extension}", size)
 
 
 def _agl_m(members: dict[str, memoryview], where: str, size: tuple[int, int]) -> F32 | None:
     extension = _only(members, "agl.", where)
     if extension is None:
         return None
-    agl_cm = codecs.decode_agl(
-        extension.removeprefix("agl."), bytes(members[extension]), f"{where}.{extension}"
-    )
+    name = extension.removeprefix("agl.")
+    agl_cm = codecs.decode_agl(name, bytes(members[extension]), f"{where}.{extension}", size)
     return _METRES[agl_cm]

@@ -49,7 +49,8 @@ class LocalSource:
 
     def read(self, name: str, offset: int, length: int) -> bytes:
         """See `ByteSource`."""
-        data = os.pread(self._file(name).descriptor, length, offset)
+        file = self._file(name)  # held while it is read: another thread may push it out of the table
+        data = os.pread(file.descriptor, length, offset)
         if len(data) != length:
             raise UserError(
                 f"{self.root / name}: {len(data)} bytes at offset {offset}, wanted {length}: the file was "
