@@ -40,7 +40,7 @@ def read_rgb(path: Path) -> U8:
 
 
 def read_agl_m(path: Path, unit: str) -> F32:
-    """float32 metres [H, W], NaN = unknown, of an AGL file: uint16 if `unit` is cm, else float (UserError)."""
+    """float32 metres [H, W], NaN = unknown, of an AGL file: uint16 if unit is cm, else float (UserError)."""
     pixels = _decode(path)
     if pixels.ndim == 3 and 1 in (pixels.shape[0], pixels.shape[2]):
         pixels = pixels.squeeze()

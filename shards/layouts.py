@@ -230,7 +230,7 @@ def read_label(path: Path) -> tuple[float, float]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         why = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(
-            f'{path}: damaged or cut short ({why}); wanted JSON such as {{"scale": 0.01, "angle": 1.5}}; mend '
+            f'{path}: damaged or cut short ({why}); wanted JSON as in {{"scale": 0.01, "angle": 1.5}}; mend '
             "or remove the file"
         ) from error
 

@@ -129,8 +129,9 @@ def _reduce_blocks(blocks: F32, edged: Bools) -> F32:
     enough = np.flatnonzero(2 * known.sum(axis=1) > k)
     blocks, chosen = blocks[enough], known[enough]
     # Where unknown pixels keep two surfaces from touching, no step shows the edge; a gap in height does.
-    hidden = ~chosen.all(axis=1) & (np.nan_to_num(np.diff(np.sort(blocks, axis=1))) > EDGE_M).any(axis=1)
-    split = np.flatnonzero(edged[enough] | (hidden if k > 4 else False))
+    gaps = np.nan_to_num(np.diff(np.sort(blocks, axis=1)))
+    hidden = np.greater(gaps.max(axis=1), EDGE_M) & ~chosen.all(axis=1)
+    split = np.flatnonzero(edged[enough] | (hidden & (k > 4)))
     if split.size:
         chosen[split] &= _larger_surface(blocks[split])
     # Symmetric pairs: pixel j and pixel k-1-j are opposite about the centre.
@@ -144,7 +145,7 @@ def _reduce_blocks(blocks: F32, edged: Bools) -> F32:
 def _larger_surface(blocks: F32) -> Bools:
     """Members [N, k] of the largest group of each block, groups being parted by gaps above `EDGE_M`."""
     heights = np.sort(blocks, axis=1)  # NaN last: gaps to it are NaN, which part as well
-    joined: Bools = np.asarray(np.diff(heights, axis=1) <= EDGE_M)
+    joined = np.asarray(np.diff(heights, axis=1) <= EDGE_M)
     run = np.ones(len(blocks), dtype=np.intp)
     best = run.copy()
     top = np.zeros(len(blocks), dtype=np.intp)
@@ -155,7 +156,7 @@ def _larger_surface(blocks: F32) -> Bools:
         best, top = np.where(better, run, best), np.where(better, j, top)
     rows = np.arange(len(blocks))
     low, high = heights[rows, top - best + 1], heights[rows, top]
-    return np.asarray((blocks >= low[:, None]) & (blocks <= high[:, None]))
+    return np.greater_equal(blocks, low[:, None]) & np.less_equal(blocks, high[:, None])
 
 
 def enlarge_agl(agl_m: F32, factor: int, size: tuple[int, int]) -> F32:

@@ -1,0 +1,96 @@
+"""One tile of a dataset to the members of one sample: decode, check, reduce, encode.
+
+Runs in worker processes; a tile that cannot be packed comes back as its reason, so that all of them can be
+named. Facts are those of the stored pixels: scale / reduce in px/m, gsd * reduce.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from geopose_dist import geometry
+from geopose_dist.data import codecs, resample
+from geopose_dist.data.sample import TileFacts
+from geopose_dist.errors import UserError
+from shards import layouts
+from shards.layouts import Tile
+from shards.tallies import Tally, of_tile
+
+
+@dataclass(frozen=True)
+class Job:
+    """A tile and how to store it (see `PackRecipe`)."""
+
+    tile: Tile
+    reduce: int
+    rgb_codec: str
+    agl_codec: str
+    crop: bool
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Members by extension, ready for the tar, and what they count for."""
+
+    key: str
+    city: str
+    members: dict[str, bytes]
+    tally: Tally
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """A tile that cannot be packed, and why, in one sentence that names its file."""
+
+    key: str
+    sentence: str
+
+
+def encode(job: Job) -> Sample | Damaged:
+    """The sample of a tile, or why there is none."""
+    try:
+        return _encode(job)
+    except UserError as error:
+        return Damaged(job.tile.key, str(error))
+
+
+def _encode(job: Job) -> Sample:
+    tile, factor = job.tile, job.reduce
+    rgb, agl_m, pose = layouts.load_rgb(tile), layouts.load_agl_m(tile), layouts.load_pose(tile)
+    rows, columns = rgb.shape[:2]
+    if agl_m is not None and agl_m.shape != (rows, columns):
+        raise UserError(
+            f"{tile.agl}: {agl_m.shape[0]} x {agl_m.shape[1]} pixels, but its image {tile.rgb.name} has "
+            f"{rows} x {columns}; mend or remove one of them"
+        )
+    if job.crop:
+        rows, columns = rows // factor * factor, columns // factor * factor
+        rgb = np.ascontiguousarray(rgb[:rows, :columns])
+        agl_m = None if agl_m is None else np.ascontiguousarray(agl_m[:rows, :columns])
+    try:
+        resample.check_divisible(rows, columns, factor)
+    except ValueError as error:
+        raise UserError(f"{tile.rgb}: {error}; pack with --odd-sizes crop, or with --reduce 1") from error
+    if min(rows, columns) < factor:
+        raise UserError(f"{tile.rgb}: {rgb.shape[:2]} pixels are too few to reduce by {factor}; remove it")
+    rgb = resample.reduce_rgb(rgb, factor)
+    rgb_member = f"rgb.{codecs.by_name(codecs.RGB_CODECS, job.rgb_codec).extension}"
+    members = {rgb_member: codecs.encode_rgb(job.rgb_codec, rgb)}
+    agl_cm = None
+    if agl_m is not None:
+        agl_cm, _ = geometry.agl_cm_from_m(resample.reduce_agl(agl_m, factor), unknown_allowed=True)
+        extension = codecs.by_name(codecs.AGL_CODECS, job.agl_codec).extension
+        members[f"agl.{extension}"] = codecs.encode_agl(job.agl_codec, agl_cm)
+    scale = None if pose is None else pose[0] / factor
+    facts = TileFacts(
+        city=tile.city,
+        place=tile.place,
+        gsd_m=None if tile.gsd_m is None else tile.gsd_m * factor,
+        scale_px_per_m=scale,
+        angle_rad=None if pose is None else pose[1],
+        size=(rgb.shape[0], rgb.shape[1]),
+    )
+    members["json"] = facts.to_json()
+    return Sample(tile.key, tile.city, members, of_tile(agl_cm, scale))

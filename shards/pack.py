@@ -1,0 +1,310 @@
+"""`geopose pack`: a dataset to WebDataset shards with a manifest; parallel, resumable, repeatable by byte.
+
+Tiles are decoded, checked, reduced and encoded by worker processes and written, in the plan's order, by this
+one. Finished shards wait in a dot-folder until all are there; then they take their places, and the manifest
+last: a folder without one is unfinished. If tiles turn out damaged, all of them are named; within
+`skip_damaged` the plan is made again without them, so shards stay equal in size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from geopose_dist.errors import FinishedWithFailures, FoundProblems, UserError
+
+if TYPE_CHECKING:
+    from shards.encode import Damaged, Sample
+    from shards.layouts import Tile
+    from shards.pack_plan import PlannedShard
+    from shards.pack_state import Record, State
+
+
+@dataclass(frozen=True)
+class CodecRecipe:
+    """How pixels are stored."""
+
+    rgb: Literal["qoi", "png", "htj2k", "webp", "jpg"] = "qoi"
+    """qoi decodes fastest, htj2k and webp are smaller; all lossless but jpg (quality 95, 4:4:4, a third)."""
+    agl: Literal["lerc", "tif", "png", "htj2k"] = "lerc"
+    """Heights in uint16 centimetres, always lossless: lerc decodes fastest, tif opens everywhere."""
+
+
+@dataclass(frozen=True)
+class PackRecipe:
+    """What `geopose pack` packs, and how."""
+
+    source: str = ""
+    """Dataset: the challenge's folder, the US3D release, or a folder of CITY_ID_RGB.* files."""
+    out: str = ""
+    """Folder for the shards; run the same command again to go on after a stop."""
+    split: str = ""
+    """File of `geopose split`; without one every labelled tile is `train`."""
+    reduce: int = 2
+    """Whole factor by which tiles are reduced: RGB by area, heights registered to the same pixel centres."""
+    codec: CodecRecipe = field(default_factory=CodecRecipe)
+    """How pixels are stored."""
+    shard_samples: int = 0
+    """Most samples per shard; 0: as many as `shard_mb` allows."""
+    shard_mb: int = 256
+    """Most megabytes per shard, counted before compression (a tile of 1024 x 1024 counts 5.2)."""
+    seed: int = 0
+    """Key of the one shuffle."""
+    workers: int = 0
+    """Processes; 0: one per core."""
+    odd_sizes: Literal["refuse", "crop"] = "refuse"
+    """Tiles whose sides are no multiples of `reduce`: an error naming them, or their last pixels go."""
+    skip_damaged: int = 0
+    """Up to this many damaged tiles are left out and named (exit code 1); one more stops the packing."""
+    part: str = "1/1"
+    """i/n: pack every n-th shard, for n machines that share `out`; the last to finish writes the manifest."""
+    index_only: bool = False
+    """Write manifest and index for the WebDataset shards that stand in `out` already."""
+    dry_run: bool = False
+    """Look at the dataset and print the plan as JSON; write nothing."""
+
+    def __post_init__(self) -> None:
+        if not self.out and not self.dry_run:
+            raise ValueError("--out is missing; wanted the folder for the shards")
+        if not self.source and not self.index_only:
+            raise ValueError("--source is missing; wanted a dataset to pack")
+        if self.reduce < 1:
+            raise ValueError(f"--reduce is {self.reduce}; wanted a whole number of at least 1")
+        if self.shard_samples < 0 or self.shard_mb < 1 or self.skip_damaged < 0 or self.workers < 0:
+            raise ValueError(
+                "--shard-samples, --skip-damaged and --workers are at least 0, --shard-mb at least 1"
+            )
+        if self.seed < 0:
+            raise ValueError(f"--seed is {self.seed}; wanted at least 0")
+        self.part_of()
+
+    def part_of(self) -> tuple[int, int]:
+        """`part` as (i, n) with 1 <= i <= n."""
+        number, slash, count = self.part.partition("/")
+        if not (slash and number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+            raise ValueError(f"--part is {self.part!r}; wanted i/n with 1 <= i <= n, such as 2/8")
+        return int(number), int(count)
+
+    def about(self) -> dict[str, Any]:
+        """What decides the bytes of the shards; goes into the manifest. No paths: shards travel."""
+        return {
+            "source": Path(self.source).resolve().name,
+            "split": Path(self.split).name if self.split else None,
+            "reduce": self.reduce,
+            "codec": asdict(self.codec),
+            "shard_samples": self.shard_samples,
+            "shard_mb": self.shard_mb,
+            "seed": self.seed,
+            "odd_sizes": self.odd_sizes,
+        }
+
+
+def run(recipe: PackRecipe) -> None:
+    """Pack, or go on packing; see the module's text."""
+    if recipe.index_only:
+        from shards import index_only
+
+        index_only.run(Path(recipe.out), workers=recipe.workers)
+        return
+    try:
+        _pack(recipe)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"{recipe.out}: the disk is full; what is finished is kept; free some space and run the same "
+            "command again, or remove the folder"
+        ) from error
+
+
+def _pack(recipe: PackRecipe) -> None:
+    from shards import layouts, pack_plan
+    from shards.pack_state import State
+
+    layout = layouts.scan(Path(recipe.source))
+    tiles = {tile.key: tile for tile in layout.tiles}
+    split_of = pack_plan.splits_of(layout.tiles, Path(recipe.split) if recipe.split else None)
+    faults = [problem.sentence for problem in layout.problems if problem.key is None]
+    spoiled: dict[str, list[str]] = {}
+    for problem in layout.problems:
+        if problem.key is not None:
+            spoiled.setdefault(problem.key, []).append(problem.sentence)
+    bad = {key: "\n  ".join(sentences) for key, sentences in spoiled.items()}
+    samples = _samples_per_shard(recipe, layout.tiles)
+    if recipe.dry_run:
+        _refuse_too_many(recipe, faults, bad)
+        _print_plan(
+            pack_plan.plan(
+                [t for t in layout.tiles if t.key not in bad], split_of, seed=recipe.seed, samples=samples
+            )
+        )
+        return
+    state = State(Path(recipe.out), {"recipe": recipe.about(), "source": str(Path(recipe.source).resolve())})
+    state.begin(sorted(tiles))
+    bad |= {key: text for key, text in state.damaged(tiles).items() if key not in bad}
+    while True:
+        good = [tile for key, tile in tiles.items() if key not in bad]
+        shards = pack_plan.plan(good, split_of, seed=recipe.seed, samples=samples)
+        found = _write_missing(recipe, state, shards)
+        if found:
+            bad |= found
+            state.keep_damaged(recipe.part, {k: v for k, v in bad.items() if k in tiles}, tiles)
+        _refuse_too_many(recipe, faults, bad)
+        if not found:
+            break
+    if not good:
+        raise FoundProblems(f"{recipe.source}: no tile can be packed:", bad.values())
+    if _finish(recipe, state, shards) and bad:
+        raise FinishedWithFailures(
+            "\n  ".join(
+                [f"packed {len(good)} tiles into {recipe.out}; {len(bad)} were left out:", *bad.values()]
+            )
+        )
+
+
+def _refuse_too_many(recipe: PackRecipe, faults: list[str], bad: dict[str, str]) -> None:
+    if faults or len(bad) > recipe.skip_damaged:
+        hint = "" if faults else f", or leave them out with --skip-damaged {len(bad)}"
+        raise FoundProblems(
+            f"{recipe.source}: {len(faults) + len(bad)} problems, nothing is packed; mend or remove{hint}:",
+            [*faults, *bad.values()],
+        )
+
+
+def _samples_per_shard(recipe: PackRecipe, tiles: list[Tile]) -> int:
+    """Samples per shard: as told, or by the mean size of the stored pixels."""
+    from shards import images
+    from shards.pack_plan import BYTES_PER_PIXEL
+
+    if recipe.shard_samples:
+        return recipe.shard_samples
+    sizes = [size for size in (images.image_size(tile.rgb) for tile in tiles) if size is not None]
+    pixels = sum(rows * columns for rows, columns in sizes) / max(len(sizes), 1) / recipe.reduce**2
+    return max(1, int(recipe.shard_mb * 1e6 / max(pixels * BYTES_PER_PIXEL, 1)))
+
+
+def _write_missing(recipe: PackRecipe, state: State, shards: list[PlannedShard]) -> dict[str, str]:
+    """Write the shards of this part that are not there yet; the tiles that could not be packed."""
+    from geopose_dist import metrics_log, pool
+    from shards.encode import Job, encode
+
+    number, count = recipe.part_of()
+    todo = [s for s in shards[number - 1 :: count] if state.record(s, check_bytes=True) is None]
+    jobs = [
+        Job(tile, recipe.reduce, recipe.codec.rgb, recipe.codec.agl, recipe.odd_sizes == "crop")
+        for shard in todo
+        for tile in shard.tiles
+    ]
+    damaged: dict[str, str] = {}
+    if not jobs:
+        return damaged
+    results = pool.process_map(encode, jobs, workers=min(recipe.workers or pool.usable_cores(), len(jobs)))
+    tracked = metrics_log.track(results, total=len(jobs), label="pack")
+    for shard in todo:
+        damaged |= {one.key: one.sentence for one in _write_shard(state, shard, tracked)}
+    return damaged
+
+
+class _Incomplete(Exception):
+    """A tile of the shard being written cannot be packed."""
+
+
+def _write_shard(state: State, shard: PlannedShard, results: Iterator[Sample | Damaged]) -> list[Damaged]:
+    """Write one shard from the next results and remember it; or name the tiles that cannot be packed."""
+    from geopose_dist import files
+    from shards import tars
+    from shards.encode import Damaged
+    from shards.pack_state import Record
+    from shards.tallies import Tally
+
+    damaged: list[Damaged] = []
+    cities: list[str] = []
+    tallies: dict[str, Tally] = {}
+
+    def members() -> Iterator[tuple[str, dict[str, bytes]]]:
+        for _ in shard.tiles:
+            result = next(results)
+            if isinstance(result, Damaged):
+                damaged.append(result)
+            elif not damaged:
+                cities.append(result.city)
+                tallies[result.city] = tallies.get(result.city, Tally()) + result.tally
+                yield result.key, result.members
+
+    path = state.place(shard)
+    with contextlib.suppress(_Incomplete), files.atomic_write(path) as file:
+        tars.write_samples(file, members())
+        if damaged:
+            raise _Incomplete  # the temporary file goes; the rest of the tiles have been looked at
+    if damaged:
+        return damaged
+    rows = [
+        (span.key, city, span.offset, span.length, span.crc32)
+        for span, city in zip(tars.spans(path), cities, strict=True)
+    ]
+    record = Record(state.fingerprint(shard), path.stat().st_size, tars.sha256_of(path), rows, tallies)
+    state.keep(shard, record)
+    return []
+
+
+def _finish(recipe: PackRecipe, state: State, shards: list[PlannedShard]) -> bool:
+    """Publish if every shard is there; whether that was so."""
+    records = [state.record(shard, check_bytes=False) for shard in shards]
+    whole = [record for record in records if record is not None]
+    if len(whole) < len(shards):
+        print(
+            f"pack: part {recipe.part} is done; {len(shards) - len(whole)} of {len(shards)} shards are for "
+            "the other parts; the last part writes the manifest",
+            file=sys.stderr,
+        )
+        return False
+    state.publish(shards)
+    write_manifest(state.out, recipe.about(), shards, whole)
+    print(
+        f"pack: {sum(len(r.rows) for r in whole)} tiles in {len(shards)} shards in {state.out}",
+        file=sys.stderr,
+    )
+    return True
+
+
+def write_manifest(
+    out: Path, about: dict[str, Any], shards: list[PlannedShard], records: list[Record]
+) -> None:
+    """Write `manifest.json` and `index.npy` of finished shards, given in the manifest's order."""
+    import numpy as np
+
+    from geopose_dist.data import manifest
+    from shards import tallies
+
+    cities = sorted({row[1] for record in records for row in record.rows})
+    rows = [
+        (number, cities.index(city), offset, length, crc)
+        for number, record in enumerate(records)
+        for _, city, offset, length, crc in record.rows
+    ]
+    statistics = tallies.statistics(
+        (shard.split, city, tally)
+        for shard, record in zip(shards, records, strict=True)
+        for city, tally in record.tallies.items()
+    )
+    listed = [
+        manifest.Shard(shard.name, shard.split, len(record.rows), record.bytes, record.sha256)
+        for shard, record in zip(shards, records, strict=True)
+    ]
+    facts = manifest.Manifest(listed, cities, statistics, about)
+    manifest.write(out, facts, np.array(rows, dtype=manifest.INDEX_DTYPE))
+
+
+def _print_plan(shards: list[PlannedShard]) -> None:
+    splits: dict[str, dict[str, int]] = {}
+    for shard in shards:
+        facts = splits.setdefault(shard.split, {"shards": 0, "tiles": 0})
+        facts["shards"] += 1
+        facts["tiles"] += len(shard.tiles)
+    print(json.dumps({"splits": splits, "shards": [[s.name, len(s.tiles)] for s in shards]}, indent=1))

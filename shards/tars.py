@@ -1,0 +1,122 @@
+"""Shards as files: written by webdataset's TarWriter with nothing of this machine in them, walked by header.
+
+A tar of samples is a pure function of the samples: no times, no owners, fixed modes. The walk reads 512 bytes
+per member, so an index can be made for any WebDataset shard; a sample is a run of members with one key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from geopose_dist.data.members import BLOCK, first_key
+from geopose_dist.errors import UserError
+
+EXTENDED = (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME)
+"""Headers that tell something about the member behind them."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a sample stands in its shard: bytes from its first header to the end of its last padding."""
+
+    key: str
+    offset: int
+    length: int
+    crc32: int
+
+
+def write_samples(file: BinaryIO, samples: Iterable[tuple[str, dict[str, bytes]]]) -> None:
+    """Write (key, members by extension) as a WebDataset tar to an open file."""
+    from webdataset import TarWriter
+
+    # encoder=False: members are bytes already, and nothing is ever pickled.
+    with TarWriter(file, encoder=False, mtime=0, user="", group="", mode=0o444) as tar:
+        for key, members in samples:
+            tar.write({"__key__": key, **members})
+
+
+def spans(path: Path) -> Iterator[Span]:
+    """The samples of a shard in order, by its headers, with their checksums; UserError where it is damaged.
+
+    Unlike streaming readers, a cut file, a zeroed block in the middle and a broken header are all errors.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        begin, key, position, ended = 0, "", 0, False
+        while position < size and not ended:
+            start, this_key, position, ended = _member(file, position, size, path)
+            if ended or this_key != key:
+                if key:
+                    yield _span(file, key, begin, start)
+                begin, key = start, this_key
+        if not ended:
+            raise UserError(f"{path}: cut short after {size} bytes: its end mark is missing; copy it again")
+
+
+def _member(file: BinaryIO, position: int, size: int, path: Path) -> tuple[int, str, int, bool]:
+    """Start, key and end of the member at `position`, and whether the archive ends there instead."""
+    start, headers = position, b""
+    while True:
+        file.seek(position)
+        block = file.read(BLOCK)
+        if block == bytes(BLOCK) and not headers:
+            _only_zeros(file, position, path)
+            return start, "", size, True
+        try:
+            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except tarfile.HeaderError as error:
+            raise UserError(
+                f"{path}, offset {position}: damaged: no tar header ({error}); copy it again or pack again"
+            ) from error
+        end = position + BLOCK + -(-header.size // BLOCK) * BLOCK
+        if end > size:
+            raise UserError(
+                f"{path}, offset {position}: member {header.name!r} claims {header.size} bytes, the file "
+                f"has {size - position - BLOCK} more: cut short or hostile; copy it again or pack again"
+            )
+        if header.type not in EXTENDED:
+            break
+        file.seek(position)
+        headers += file.read(min(end - position, 1 << 17))
+        position = end
+    return start, first_key(headers + block, f"{path}, offset {start}"), end, False
+
+
+def _only_zeros(file: BinaryIO, position: int, path: Path) -> None:
+    """A zeroed block ends a tar; anything behind it means that the block was zeroed by damage."""
+    file.seek(position)
+    while chunk := file.read(1 << 20):
+        if chunk.strip(b"\0"):
+            raise UserError(
+                f"{path}, offset {position}: damaged: zeros where a tar header belongs, data behind "
+                "them; copy the shard again or pack again"
+            )
+
+
+def _span(file: BinaryIO, key: str, begin: int, end: int) -> Span:
+    file.seek(begin)
+    crc, left = 0, end - begin
+    while left:
+        chunk = file.read(min(left, 1 << 20))
+        crc = zlib.crc32(chunk, crc)
+        left -= len(chunk)
+    return Span(key, begin, end - begin, crc)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remove_if_there(path: Path) -> None:
+    """Remove a file that another process may have removed already."""
+    if path.exists():
+        os.unlink(path)
