@@ -43,7 +43,9 @@ def find_recipe(name: str) -> Path:
     shipped = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
     stem = name.removeprefix("configs/").removesuffix(".yaml")
     near = difflib.get_close_matches(stem, shipped, n=3, cutoff=0.5) or shipped
-    raise UserError(f"--config {name}: no such file or shipped recipe; did you mean one of: {', '.join(near)}?")
+    raise UserError(
+        f"--config {name}: no such file or shipped recipe; did you mean one of: {', '.join(near)}?"
+    )
 
 
 def parser_for(recipe: type[Any], prog: str, description: str) -> ArgumentParser:
@@ -77,7 +79,11 @@ def parse(recipe: type[Recipe], argv: Sequence[str], *, prog: str, description: 
     parser = parser_for(recipe, prog, description)
     try:
         parsed = parser.parse_args(_normalised(argv, recipe))
-        parts = parser.instantiate(parsed) if hasattr(parser, "instantiate") else parser.instantiate_classes(parsed)
+        parts = (
+            parser.instantiate(parsed)
+            if hasattr(parser, "instantiate")
+            else parser.instantiate_classes(parsed)
+        )
     except jsonargparse.ArgumentError as error:
         raise UserError(_one_sentence(error, prog, parser)) from error
     except UserError:
@@ -101,6 +107,11 @@ def _list_fields(recipe: type[Any]) -> set[str]:
     return {f.name for f in dataclasses.fields(recipe) if str(f.type).startswith(("list[", "tuple["))}
 
 
+def _flags(recipe: type[Any]) -> set[str]:
+    """Options of a recipe that may stand alone and then mean true, such as `--deep`."""
+    return {f.name for f in dataclasses.fields(recipe) if str(f.type) == "bool"}
+
+
 def _normalised(argv: Sequence[str], recipe: type[Any]) -> list[str]:
     """Options with underscores, recipe names as paths, `--list a b` as one JSON list, other names as the field's.
 
@@ -110,7 +121,7 @@ def _normalised(argv: Sequence[str], recipe: type[Any]) -> list[str]:
     `adapt_config(path: Path) -> str` of a recipe class turns a recipe file, perhaps of another verb, into
     YAML of this class.
     """
-    lists = _list_fields(recipe)
+    lists, flags = _list_fields(recipe), _flags(recipe)
     aliases: Mapping[str, str] = getattr(recipe, "ALIASES", {})
     adapt: Callable[[Path], str] = getattr(recipe, "adapt_config", str)
     result: list[str] = []
@@ -133,6 +144,8 @@ def _normalised(argv: Sequence[str], recipe: type[Any]) -> list[str]:
             option = "--" + aliases.get(option[2:], option[2:])
             if option == "--config" and equals:
                 value = adapt(find_recipe(value))
+            if option[2:] in flags and not equals and (not words or words[0].startswith("--")):
+                equals, value = "=", "true"
             expects_recipe = option == "--config" and not equals
             result.append(option + equals + value)
         else:
@@ -144,12 +157,16 @@ def _one_sentence(error: Exception, prog: str, parser: ArgumentParser) -> str:
     """The parser's complaint, with close names where an option or key is unknown."""
     text = " ".join(str(error).split())
     known = [action.dest for action in parser._actions if action.dest]
-    unknown = re.search(r"(?:unrecognized arguments: --|accept (?:option|nested key|key) '|Option ')([\w.]+)", text)
+    unknown = re.search(
+        r"(?:unrecognized arguments: --|accept (?:option|nested key|key) '|Option ')([\w.]+)", text
+    )
     hint = ""
     if unknown:
         leaf = unknown.group(1)
         near = difflib.get_close_matches(leaf, known, n=3, cutoff=0.6)
-        near += [name for name in known if name.rsplit(".", 1)[-1] == leaf.rsplit(".", 1)[-1] and name not in near]
+        near += [
+            name for name in known if name.rsplit(".", 1)[-1] == leaf.rsplit(".", 1)[-1] and name not in near
+        ]
         hint = f" Did you mean {', '.join(near)}?" if near else ""
     return f"{text}{hint} See `{prog} --help`."
 
@@ -182,7 +199,11 @@ def load_dict(recipe: type[Recipe], values: dict[str, Any], *, where: str) -> Re
     parser = parser_for(recipe, where, "")
     try:
         parsed = parser.parse_object(values)
-        parts = parser.instantiate(parsed) if hasattr(parser, "instantiate") else parser.instantiate_classes(parsed)
+        parts = (
+            parser.instantiate(parsed)
+            if hasattr(parser, "instantiate")
+            else parser.instantiate_classes(parsed)
+        )
     except jsonargparse.ArgumentError as error:
         raise UserError(f"{where}: {_one_sentence(error, 'geopose', parser)}") from error
     return _build(recipe, parts, where)
