@@ -50,7 +50,9 @@ VERBS: dict[str, Verb] = {
         "geopose_dist.report.explore:run",
     ),
     "split": Verb("make a leak-free train/validation split", "shards.split:SplitRecipe", "shards.split:run"),
-    "pack": Verb("pack tiles into WebDataset shards; parallel, resumable", "shards.pack:PackRecipe", "shards.pack:run"),
+    "pack": Verb(
+        "pack tiles into WebDataset shards; parallel, resumable", "shards.pack:PackRecipe", "shards.pack:run"
+    ),
     "verify": Verb(
         "check shards: hashes, counts, decodes; names every damaged member",
         "shards.verify:VerifyRecipe",
@@ -155,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name not in VERBS:
             raise UserError(f"geopose has no verb {name!r}; it has: {', '.join(VERBS)}")
         verb = VERBS[name]
-        recipe = config.parse(
+        recipe: object = config.parse(
             _load(verb.recipe),  # type: ignore[arg-type]
             _positional_first(verb, rest),
             prog=f"geopose {name}",

@@ -55,9 +55,9 @@ def parser_for(recipe: type[Any], prog: str, description: str) -> ArgumentParser
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
     class Parser(jsonargparse.ArgumentParser):
-        def format_help(self) -> str:
+        def format_help(self, formatter: Any = None) -> str:
             # Options are shown with dashes, as they are usually typed; underscores are accepted too.
-            return _OPTION.sub(lambda match: match.group().replace("_", "-"), super().format_help())
+            return _OPTION.sub(lambda match: match.group().replace("_", "-"), super().format_help(formatter))
 
     parser = Parser(
         prog=prog,
@@ -91,6 +91,18 @@ def parse(recipe: type[Recipe], argv: Sequence[str], *, prog: str, description: 
     except ValueError as error:
         raise UserError(str(error)) from error
     return _build(recipe, parts, prog)
+
+
+def _instantiated(parser: ArgumentParser, parsed: Any, recipe: type[Any]) -> Any:
+    """Parsed values with each nested recipe as an object (UserError for one value in a group's place)."""
+    for field in dataclasses.fields(recipe):
+        value = parsed.get(field.name)
+        if isinstance(field.default_factory, type) and dataclasses.is_dataclass(field.default_factory):
+            if isinstance(value, str | int | float | list):
+                raise UserError(f"{field.name} is {value!r}; wanted its fields, one by one, below the name")
+    return (
+        parser.instantiate(parsed) if hasattr(parser, "instantiate") else parser.instantiate_classes(parsed)
+    )
 
 
 def _build(recipe: type[Recipe], parts: Any, where: str) -> Recipe:

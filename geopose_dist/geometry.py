@@ -163,9 +163,13 @@ def check_label(scale: float, angle: float, unit: str, where: str) -> list[str]:
     """
     problems = []
     if not math.isfinite(angle):
-        problems.append(f"{where}: angle is {angle}; wanted a finite number of radians; mend or remove the file")
+        problems.append(
+            f"{where}: angle is {angle}; wanted a finite number of radians; mend or remove the file"
+        )
     if not (math.isfinite(scale) and scale > 0):
-        problems.append(f"{where}: scale is {scale}; wanted a finite number above 0 in {unit}; mend or remove the file")
+        problems.append(
+            f"{where}: scale is {scale}; wanted a finite number above 0 in {unit}; mend or remove the file"
+        )
     elif unit == "px/cm" and scale > SCALE_SUSPECT_PX_PER_CM:
         problems.append(
             f"{where}: scale is {scale:g}, which looks like px/m; wanted px/cm (at most "

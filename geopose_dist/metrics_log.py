@@ -56,7 +56,9 @@ class Progress:
                 console=Console(stderr=True),
             )
             self._bar.start()
-            self._task = self._bar.add_task(self.label, total=self.total, completed=self._start, rate="-", note="")
+            self._task = self._bar.add_task(
+                self.label, total=self.total, completed=self._start, rate="-", note=""
+            )
         return self
 
     def advance(self, count: int = 1, note: str = "") -> None:
@@ -75,7 +77,9 @@ class Progress:
 
     def _line(self) -> str:
         rate = self.rate()
-        left = f", {(self.total - self.done) / rate:.0f} s left" if rate > 0 and self.done < self.total else ""
+        left = (
+            f", {(self.total - self.done) / rate:.0f} s left" if rate > 0 and self.done < self.total else ""
+        )
         note = f"; {self._note}" if self._note else ""
         return f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.3g} {self.unit}/s{left}{note}"
 

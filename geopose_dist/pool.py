@@ -1,22 +1,35 @@
-"""One map over local processes or Ray; the only file that imports ray.
+"""Work on local processes or Ray; the only file that imports ray.
 
 `process_map` runs a picklable function over items in worker processes and yields results in the order of
 the items, with a bounded number in flight, so memory does not grow with the work list. An exception in
 the function reaches the caller as itself; a worker that dies (killed, out of memory) is named.
+`Actors` starts workers that keep a state, such as a network on a GPU: as Ray actors, on this machine or a
+cluster, as plain processes, or inside this process. All three answer with futures; who tries what again
+is the caller's business (`infer.dispatch`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import logging
 import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from types import TracebackType
+from typing import Any, Protocol, TypeVar, cast
+
+from geopose_dist.errors import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+OBJECT_STORE_BYTES = 100_000_000
+"""Ray's shared memory: only names and small reports travel through it, pixels never do."""
 
 
 def usable_cores() -> int:
@@ -62,3 +75,198 @@ def process_map(
         finally:
             for future in waiting:
                 future.cancel()
+
+
+Make = Callable[[int], Callable[[Any], Any]]
+"""Makes a worker from the number of its GPU on its machine: a function that keeps its state."""
+
+
+class Actor(Protocol):
+    """A worker somewhere; dead once a future of it raises `ActorDied`."""
+
+    ready: Future[Any]
+    """Done when the worker has started; raises what kept it from starting."""
+
+    def submit(self, item: Any) -> Future[Any]:
+        """The worker's answer for `item`."""
+        ...
+
+    def kill(self) -> None:
+        """End it, without waiting for what it does."""
+        ...
+
+
+def ray_is_installed() -> bool:
+    """Whether Ray could be imported, without importing it."""
+    return importlib.util.find_spec("ray") is not None
+
+
+def died(error: BaseException) -> bool:
+    """Whether an actor's future failed because the actor is gone, not because its work raised."""
+    if isinstance(error, BrokenProcessPool):
+        return True
+    if ray_is_installed():
+        from ray import exceptions
+
+        return isinstance(error, exceptions.RayError) and not isinstance(error, exceptions.RayTaskError)
+    return False
+
+
+class Actors:
+    """Where actors can be started; a context manager that ends all of them.
+
+    Attributes:
+        kind: ray, process or inline.
+        cpus, gpus: what the machine or the cluster has, known inside the context.
+    """
+
+    def __init__(self, kind: str, *, address: str = "", cpus: int = 0, use_gpus: bool = True) -> None:
+        self.kind, self._address, self._use_gpus = kind, address, use_gpus
+        self.cpus, self.gpus = cpus or usable_cores(), 0
+        self._started: list[Actor] = []
+        self._owns_ray = False
+
+    def __enter__(self) -> Actors:
+        if self.kind == "ray":
+            self._connect()
+        elif self._use_gpus:
+            import torch
+
+            self.gpus = torch.cuda.device_count()
+        return self
+
+    def _connect(self) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry unless somebody asks for it
+        # Without it Ray warns, once an actor has no GPU, of what a later version will do then.
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        import ray
+
+        if not ray.is_initialized():
+            self._owns_ray = True
+            if self._address:
+                try:
+                    ray.init(address=self._address, logging_level=logging.WARNING)
+                except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+                    raise UserError(
+                        f"--ray-address {self._address}: cannot be joined ({error}); start a cluster with "
+                        "`ray start --head`, with the same RAY_AUTH_TOKEN here and there"
+                    ) from error
+            else:
+                ray.init(
+                    address="local",  # never a cluster that RAY_ADDRESS happens to name
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    num_cpus=self.cpus,
+                    num_gpus=None if self._use_gpus else 0,
+                    logging_level=logging.WARNING,
+                )
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        self.cpus = int(resources.get("CPU", 1))
+        self.gpus = int(resources.get("GPU", 0)) if self._use_gpus else 0
+
+    def start(self, make: Make, number: int, *, cpus: int, gpus: int, in_flight: int) -> Actor:
+        """Start one more actor, the `number`-th; `cpus` and `gpus` are what Ray reserves for it."""
+        actor: Actor
+        if self.kind == "ray":
+            actor = _RayActor(make, cpus=cpus, gpus=gpus, in_flight=in_flight)
+        elif self.kind == "process":
+            actor = _ProcessActor(make, number % max(self.gpus, 1))
+        else:
+            actor = _InlineActor(make, in_flight)
+        self._started.append(actor)
+        return actor
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for actor in self._started:
+            actor.kill()
+        if self._owns_ray:
+            import ray
+
+            ray.shutdown()
+
+
+class _Worker:
+    """What runs inside a Ray actor: a made worker and nothing else."""
+
+    def __init__(self, make: Make) -> None:
+        one_thread()
+        self._work = make(0)  # Ray shows an actor its own GPU only
+
+    def is_up(self) -> None:
+        """Answers once the worker is made."""
+
+    def work(self, item: Any) -> Any:
+        """The worker's answer."""
+        return self._work(item)
+
+
+class _RayActor:
+    def __init__(self, make: Make, *, cpus: int, gpus: int, in_flight: int) -> None:
+        import ray
+
+        # Threads of one actor: it decodes the next batch while the network is busy with this one.
+        # No restarts by Ray: while a node is not yet declared dead they burn within seconds (ray#44212).
+        options = {"num_cpus": cpus, "num_gpus": gpus, "max_concurrency": in_flight + 1, "max_restarts": 0}
+        self._actor: Any = ray.remote(cast(Any, _Worker)).options(**options).remote(make)
+        self.ready: Future[Any] = self._actor.is_up.remote().future()
+
+    def submit(self, item: Any) -> Future[Any]:
+        future: Future[Any] = self._actor.work.remote(item).future()
+        return future
+
+    def kill(self) -> None:
+        import ray
+
+        if ray.is_initialized():
+            ray.kill(self._actor)
+
+
+_work_here: Callable[[Any], Any] | None = None
+
+
+def _start_here(make: Make, gpu: int) -> int:
+    global _work_here
+    one_thread()
+    _work_here = make(gpu)
+    return os.getpid()
+
+
+def _call_here(item: Any) -> Any:
+    assert _work_here is not None
+    return _work_here(item)
+
+
+class _ProcessActor:
+    """One process that works on one item after another."""
+
+    def __init__(self, make: Make, gpu: int) -> None:
+        self._executor = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("forkserver"))
+        self.ready: Future[Any] = self._executor.submit(_start_here, make, gpu)
+
+    def submit(self, item: Any) -> Future[Any]:
+        return self._executor.submit(_call_here, item)
+
+    def kill(self) -> None:
+        started = self.ready.done() and not self.ready.cancelled() and self.ready.exception() is None
+        self._executor.shutdown(wait=False, cancel_futures=True)
+        if started:
+            with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
+                os.kill(self.ready.result(), signal.SIGKILL)
+
+
+class _InlineActor:
+    """Threads of this process."""
+
+    def __init__(self, make: Make, in_flight: int) -> None:
+        self._executor = ThreadPoolExecutor(in_flight)
+        self.ready: Future[Any] = Future()
+        self._work = make(0)
+        self.ready.set_result(None)
+
+    def submit(self, item: Any) -> Future[Any]:
+        return self._executor.submit(self._work, item)
+
+    def kill(self) -> None:
+        self._executor.shutdown(wait=False, cancel_futures=True)

@@ -163,7 +163,7 @@ def render_job(job: Job) -> list[tuple[str, float]]:
     keyed = synth_districts.keyed
     plan = synth_districts.build(job.city, job.size, job.seed, job.place)
     terrain, around = plan.terrain(), plan.around()
-    holes = synth_look.hole_map(job.city, plan, keyed(job.seed, job.place, 4))
+    holes = synth_look.hole_map(job.city, plan, job.size, keyed(job.seed, job.place, 4))
     done = []
     for tile in job.tiles:
         rng = keyed(job.seed, job.place, 5, tile.view)

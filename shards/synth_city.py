@@ -27,13 +27,15 @@ MINERAL, GRASS, DECIDUOUS, EVERGREEN, WATER, ROOF, SOIL = range(7)
 # Facade styles of the kernel.
 BLANK, PUNCHED, RIBBON, CURTAIN, HOUSE = range(5)
 
+MUTED = 0.68
 SHIFT = 4  # cv2 draws with 1/16 cell
 
 
 def linear(rgb: Rgb) -> Rgb:
-    """Linear reflectance of a colour as a screen shows it (0..255)."""
+    """Linear reflectance of a colour as a screen shows it (0..255), as muted as the air leaves it from orbit."""
     r, g, b = ((value / 255) ** 2.2 for value in rgb)
-    return r, g, b
+    grey = 0.3 * r + 0.55 * g + 0.15 * b
+    return grey + MUTED * (r - grey), grey + MUTED * (g - grey), grey + MUTED * (b - grey)
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,8 @@ class Plan:
         row, col = self._cell(x, y)
         if not (0 <= row < self.side and 0 <= col < self.side) or self.height[row, col] > 0:
             return -1
-        return int(self._things[self.ids[row, col]][12])
+        thing: int = self.ids[row, col]
+        return int(self._things[thing][12])
 
     def _cell(self, x: float, y: float) -> tuple[int, int]:
         return math.floor(y / self.cell + self.side / 2), math.floor(x / self.cell + self.side / 2)

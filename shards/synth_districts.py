@@ -25,7 +25,7 @@ from shards.synth_city import (
     Rgb,
     rectangle,
 )
-from shards.synth_streets import Box, Site, blocks, jittered, pond, street_cars, street_trees
+from shards.synth_streets import Box, Site, blocks, jittered, playing_field, pond, street_cars, street_trees, waterway
 
 Generator = np.random.Generator
 
@@ -59,13 +59,14 @@ SHEETS: tuple[Rgb, ...] = (
     (180, 186, 190),
     (150, 156, 160),
     (214, 210, 200),
-    (120, 146, 160),
+    (134, 146, 152),
 )
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How a city is laid out: cell (m), tallest body (m), street pitch (m), grid wobble, avenues, bend (m)."""
+    """How a city is laid out: cell (m), tallest body (m), street pitch (m), grid wobble, avenues,
+    bend (m), share of places with a river."""
 
     cell_m: float
     tallest_m: float
@@ -73,6 +74,7 @@ class Kind:
     wobble: float
     wide: int
     bend_m: float
+    river: float
     fill: Callable[[Site, Box, Generator], None]
 
 
@@ -225,22 +227,20 @@ def _arg_lot(site: Site, x0: float, x1: float, front: float, back: float, rng: G
         else:
             flat_building(site, x, y, a, b, turn, height, rng, PUNCHED if height > 8 else HOUSE)
 
-    house_depth = min(float(rng.uniform(12, 26)), depth - 4)
-    if rng.random() < 0.025 and x1 - x0 > 10:
+    house_depth = min(float(rng.uniform(14, 30)), depth - 4)
+    if rng.random() < 0.03 and x1 - x0 > 10:
         x, y = frame.world((x0 + x1) / 2, front + inward * 12)
-        tower(site, x, y, (x1 - x0) / 2, 10, turn, float(np.clip(rng.gamma(4, 8), 18, 85)), rng)
+        tower(site, x, y, (x1 - x0) / 2, 10, turn, float(np.clip(rng.gamma(4, 8), 18, 75)), rng)
         return
-    storeys = int(rng.choice([1, 2, 3, 4], p=[0.46, 0.40, 0.11, 0.03]))
+    storeys = int(rng.choice([1, 2, 3, 4], p=[0.38, 0.42, 0.15, 0.05]))
     set_back = float(rng.uniform(2, 5)) if rng.random() < 0.3 else 0.0
     body(set_back, set_back + house_depth, x0, x1, 3.3 * storeys + float(rng.uniform(0.3, 1.1)))
     rest = depth - set_back - house_depth
-    left, right = site.frame.world(x0, 0), site.frame.world(x1, 0)
-    del left, right
     near = set_back + house_depth
     if rest > 5 and rng.random() < 0.55:
         ground = (x0 + 0.3, *sorted((front + inward * near, back)), x1 - 0.3)
         site.ground((ground[0], ground[1], ground[3], ground[2]), site.lawn)
-    if rest > 9 and rng.random() < 0.75:
+    if rest > 9 and rng.random() < 0.85:
         deep = float(rng.uniform(3.5, min(9.0, rest - 4)))
         share = float(rng.uniform(0.5, 1.0))
         body(depth - deep, depth, x0, x0 + share * (x1 - x0), float(rng.uniform(3.0, 6.4)))
@@ -282,7 +282,7 @@ def atl_block(site: Site, box: Box, rng: Generator) -> None:
                         rng,
                         int(rng.integers(1, 3)),
                     )
-        site.trees(box, 0.0115 * w * h, rng, 15.0, 0.35)
+        site.trees(box, 0.0130 * w * h, rng, 16.0, 0.35)
         street_cars(site, box, rng, 0.10)
         return
     site.ground(box, site.pavement)
@@ -305,14 +305,14 @@ def _atl_lot(site: Site, box: Box, turn: float, rng: Generator) -> None:
     x, y = site.frame.world((x0 + x1) / 2, (y0 + y1) / 2)
     a, b = (x1 - x0) / 2, (y1 - y0) / 2
     draw = rng.random()
-    if draw < 0.22:
-        height = float(np.clip(rng.gamma(2.2, 24) + 24, 28, 185))
+    if draw < 0.27:
+        height = float(np.clip(rng.gamma(2.0, 20) + 22, 26, 165))
         tower(site, x, y, a * rng.uniform(0.6, 0.95), b * rng.uniform(0.6, 0.95), turn, height, rng)
-    elif draw < 0.52:
+    elif draw < 0.58:
         flat_building(
             site, x, y, a * rng.uniform(0.6, 1), b * rng.uniform(0.6, 1), turn, float(rng.uniform(6, 26)), rng
         )
-    elif draw < 0.62:  # a car park on floors: open facade, cars on the roof
+    elif draw < 0.67:  # a car park on floors: open facade, cars on the roof
         high = 3.1 * int(rng.integers(3, 7))
         deck = site.plan.thing(
             jittered((160, 158, 152), rng),
@@ -325,7 +325,7 @@ def _atl_lot(site: Site, box: Box, turn: float, rng: Generator) -> None:
             patch=0.12,
         )
         site.plan.box(x, y, a * 0.9, b * 0.9, turn, high, deck)
-    elif draw < 0.82:
+    elif draw < 0.84:
         site.car_park(box, rng, float(rng.uniform(0.3, 0.9)))
     else:
         site.ground(box, site.lawn)
@@ -346,6 +346,9 @@ def jax_block(site: Site, box: Box, rng: Generator) -> None:
         return
     if draw < 0.16:
         site.ground(box, site.grass)
+        if rng.random() < 0.25:
+            playing_field(site, (x0 + x1) / 2, (y0 + y1) / 2, rng)
+            return
         site.trees(box, 0.016 * w * h, rng, 13.0, 0.55)
         return
     if draw < 0.27:
@@ -387,7 +390,7 @@ def jax_block(site: Site, box: Box, rng: Generator) -> None:
             if rng.random() < 0.3:
                 cx, cy = frame.world(u + 5.7, front + inward * 3.5)
                 site.car(cx, cy, turn + math.pi / 2, rng)
-    site.trees(box, (0.0035 + 0.007 * site.greenness) * w * h, rng, 10.5, 0.4)
+    site.trees(box, (0.0085 + 0.015 * site.greenness) * w * h, rng, 12.0, 0.4)
     street_cars(site, box, rng, 0.05)
 
 
@@ -417,7 +420,7 @@ def oma_block(site: Site, box: Box, rng: Generator) -> None:
         site.car_park((x0 + 3, cy + 2, x1 - 3, y1 - 3), rng, float(rng.uniform(0.2, 0.8)))
         x, y = frame.world(cx, (y0 + cy) / 2)
         style = int(rng.choice([PUNCHED, RIBBON]))
-        flat_building(site, x, y, 0.40 * w, h * 0.15, turn, 3.4 * int(rng.integers(2, 9)), rng, style)
+        flat_building(site, x, y, 0.40 * w, h * 0.15, turn, 3.4 * (int(rng.integers(2, 7)) + int(rng.exponential(1.2)) % 7), rng, style)
         street_trees(site, box, rng, 0.3, 6.5)
         street_cars(site, box, rng, 0.2)
     elif draw < 0.82:
@@ -441,20 +444,22 @@ def oma_block(site: Site, box: Box, rng: Generator) -> None:
                 if rng.random() < 0.5:
                     x, y = frame.world(u + 4, front + inward * 27)
                     house(site, x, y, 3.4, 3.0, turn, rng)
-        site.trees(box, 0.0026 * w * h, rng, 9.0)
+        site.trees(box, 0.0065 * w * h, rng, 10.5)
         street_cars(site, box, rng, 0.12)
     elif draw < 0.91:
         site.car_park(box, rng, float(rng.uniform(0.1, 0.6)))
     else:
         site.ground(box, site.dry if rng.random() < 0.5 else site.grass)
+        if rng.random() < 0.6:
+            playing_field(site, cx, cy, rng)
         site.trees(box, 0.0015 * w * h, rng, 9.0)
 
 
 KINDS = {
-    "ARG": Kind(0.26, 96.0, (112.0, 96.0), 0.06, 5, 0.0, arg_block),
-    "ATL": Kind(0.38, 196.0, (128.0, 112.0), 0.12, 3, 0.0, atl_block),
-    "JAX": Kind(0.26, 40.0, (170.0, 74.0), 0.10, 4, 22.0, jax_block),
-    "OMA": Kind(0.26, 60.0, (150.0, 104.0), 0.10, 3, 0.0, oma_block),
+    "ARG": Kind(0.26, 96.0, (112.0, 96.0), 0.06, 5, 0.0, 0.10, arg_block),
+    "ATL": Kind(0.38, 196.0, (128.0, 112.0), 0.12, 3, 0.0, 0.0, atl_block),
+    "JAX": Kind(0.26, 40.0, (170.0, 74.0), 0.10, 4, 22.0, 0.30, jax_block),
+    "OMA": Kind(0.26, 60.0, (150.0, 104.0), 0.10, 3, 0.0, 0.20, oma_block),
 }
 
 
@@ -466,8 +471,13 @@ def build(city: str, size: int, seed: int, place: int) -> Plan:
     greenness = float(rng.uniform(0.15, 0.75))
     plan = Plan(ground_reach_m(city, size, kind.tallest_m), kind.cell_m)
     site = Site(plan, Frame(turn, kind.bend_m, phase=phase), rng, greenness)
+    river = int(rng.integers(-1, 2)) if rng.random() < kind.river else None
     for i, j, box in blocks(site, kind.pitch, kind.wobble, kind.wide):
-        kind.fill(site, box, keyed(seed, place, 2, i, j))
+        if j == river:
+            waterway(site, box, (i % kind.wide == 0, (i + 1) % kind.wide == 0), keyed(seed, place, 2, i, j))
+        else:
+            kind.fill(site, box, keyed(seed, place, 2, i, j))
+    assert plan.height.max() <= kind.tallest_m, f"{city} place {place} is {plan.height.max()} m tall"
     return plan
 
 

@@ -65,7 +65,7 @@ def draw_day(city: str, rng: np.random.Generator) -> Day:
     haze = float(rng.beta(1.6, 5)) * 0.45
     tint = rng.normal(0, 0.03, 3)
     return Day(
-        light=Light(to_sun, (1.25, 1.22 - warm / 2, 1.15 - warm), (0.80 * sky, 0.95 * sky, 1.25 * sky)),
+        light=Light(to_sun, (1.25, 1.22 - warm / 2, 1.15 - warm), (0.86 * sky, 0.97 * sky, 1.18 * sky)),
         gains=gains.astype(np.float32),
         haze=haze,
         air=(0.20, 0.23, 0.27),
@@ -121,7 +121,7 @@ def develop(radiance: F32, day: Day, rng: np.random.Generator) -> U8:
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
-def hole_map(city: str, plan: Plan, rng: np.random.Generator) -> U8:
+def hole_map(city: str, plan: Plan, size: int, rng: np.random.Generator) -> U8:
     """Where the lidar of a place has nothing: uint8 [map / 16], 1 = nothing.
 
     Blobs and, in some places, the straight edge of a flight strip; how much varies from place to place.
@@ -134,13 +134,17 @@ def hole_map(city: str, plan: Plan, rng: np.random.Generator) -> U8:
     field = rng.standard_normal((side, side)).astype(np.float32)
     blob = max(1.5, 14.0 / (step * plan.cell))
     field = cv2.GaussianBlur(field, (0, 0), blob)
+    # The share is that of the ground which tiles of `size` pixels show, not of the rim around it.
+    gsd_m = 1.4 * plan.cell
+    shown = max(2, round(0.5 * size * gsd_m / (step * plan.cell)))
     strip = rng.random() < 0.5
     bearing = float(rng.uniform(0, 2 * math.pi))
     if strip:
         y, x = np.mgrid[0:side, 0:side].astype(np.float32) - side / 2
         ramp = x * math.cos(bearing) + y * math.sin(bearing)
-        field = 0.15 * field / field.std() + (ramp / (side / 2)).astype(np.float32) * 2
-    return (field > np.quantile(field, 1 - share)).astype(np.uint8)
+        field = 0.15 * field / field.std() + (ramp / shown).astype(np.float32)
+    middle = field[side // 2 - shown : side // 2 + shown, side // 2 - shown : side // 2 + shown]
+    return (field > np.quantile(middle, 1 - share)).astype(np.uint8)
 
 
 def label_cm(

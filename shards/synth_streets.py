@@ -250,4 +250,31 @@ def pond(site: Site, x: float, y: float, radius: float, rng: np.random.Generator
         site.plan.paint(points, thing)
 
 
-__all__ = ["Box", "Site", "blocks", "jittered", "pond", "rectangle", "street_cars", "street_trees"]
+def waterway(site: Site, box: Box, avenues: tuple[bool, bool], rng: np.random.Generator) -> None:
+    """A stretch of river in place of a block; avenues at its left or right end cross it on bridges."""
+    x0, y0, x1, y1 = box
+    left, right = x0 - (0 if avenues[0] else 8), x1 + (0 if avenues[1] else 8)
+    site.ground((left, y0, right, y1), site.grass)
+    site.ground((left, y0 + 7, right, y1 - 7), site.soil)
+    site.ground((left, y0 + 9, right, y1 - 9), site.water)
+    for low in (y0, y1 - 7):
+        site.trees((x0, low, x1, low + 7), 0.10 * (x1 - x0), rng, 8.0)
+
+
+def playing_field(site: Site, x: float, y: float, rng: np.random.Generator) -> None:
+    """A ball field, its infield of soil, or a marked pitch; (x, y) in the frame is its middle."""
+    frame, turn = site.frame, site.frame.angle(x, y)
+    if rng.random() < 0.5:
+        arc = [(x - 24 + 62 * math.cos(t), y - 24 + 62 * math.sin(t)) for t in np.linspace(0, math.pi / 2, 14)]
+        site.plan.paint([frame.world(x - 24, y - 24), *(frame.world(float(u), float(v)) for u, v in arc)], site.lawn)
+        arc = [(x - 24 + 27 * math.cos(t), y - 24 + 27 * math.sin(t)) for t in np.linspace(0, math.pi / 2, 10)]
+        site.plan.paint([frame.world(x - 24, y - 24), *(frame.world(float(u), float(v)) for u, v in arc)], site.soil)
+        site.plan.paint(rectangle(*frame.world(x - 15, y - 15), 8, 8, turn), site.lawn)
+        return
+    site.plan.paint(rectangle(*frame.world(x, y), 30.0, 21.0, turn), site.lawn)
+    ring = [frame.world(x + u, y + v) for u, v in ((-28, -19), (28, -19), (28, 19), (-28, 19), (-28, -19))]
+    site.plan.line(ring, site.paint, 0.15)
+    site.plan.line([frame.world(x, y - 19), frame.world(x, y + 19)], site.paint, 0.15)
+
+
+__all__ = ["Box", "Site", "blocks", "jittered", "playing_field", "pond", "street_cars", "street_trees", "waterway"]

@@ -260,7 +260,7 @@ def _key_in_child(reader: Reader, index: int, queue: multiprocessing.Queue) -> N
     queue.put(reader.view(index).key)
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork"])
 def test_a_reader_works_in_another_process(shards: Path, method: str):
     reader = reader_of(shards)
     expected = reader.key(3)  # the file is open before the process starts

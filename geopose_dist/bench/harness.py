@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from geopose_dist import files
 from geopose_dist.errors import UserError
@@ -57,23 +57,14 @@ class BenchRecipe:
     """Threads of each library inside a process; 0 leaves them as they are."""
     data: BenchData = field(default_factory=BenchData)
     """What the cases read."""
-    shards: Path | None = None
-    """Another name of --data.shards."""
+
+    ALIASES: ClassVar[Mapping[str, str]] = {"shards": "data.shards"}
 
     def __post_init__(self) -> None:
         if self.repeats < 1:
             raise ValueError(f"--repeats is {self.repeats}; wanted at least 1")
         if self.threads < 0:
             raise ValueError(f"--threads is {self.threads}; wanted 0 (as they are) or more")
-        if self.shards and self.data.shards and self.shards != self.data.shards:
-            raise ValueError(
-                f"--shards {self.shards} and --data.shards {self.data.shards} differ; give one of them"
-            )
-
-    @property
-    def folder(self) -> Path | None:
-        """The shards, by whichever name they were given."""
-        return self.shards or self.data.shards
 
 
 @dataclass(frozen=True)
@@ -204,8 +195,8 @@ def run(recipe: BenchRecipe) -> None:
 
     keep_to(recipe.threads)
     known = collect()
-    names = chosen(recipe.cases, known, recipe.folder)
-    offered = {"repeats": recipe.repeats, "shards": recipe.folder, "recipe": recipe}
+    names = chosen(recipe.cases, known, recipe.data.shards)
+    offered = {"repeats": recipe.repeats, "shards": recipe.data.shards, "recipe": recipe}
     rows: list[Row] = []
     for name in names:
         print(f"bench: {name} ...", file=sys.stderr, flush=True)

@@ -95,7 +95,9 @@ def read_tiff(path: Path) -> npt.NDArray[Any]:
                 raise UserError(
                     f"{path}: {len(tiff.pages)} pages; wanted one page of heights; write it again"
                 )
-            pixels: npt.NDArray[Any] = tiff.pages[0].asarray(maxworkers=1)
+            page = tiff.pages.first
+            _check_reach(page, path)
+            pixels: npt.NDArray[Any] = page.asarray(maxworkers=1)
             return pixels
     except UserError:
         raise
@@ -108,13 +110,21 @@ def read_tiff(path: Path) -> npt.NDArray[Any]:
         ) from error
 
 
+def _check_reach(page: Any, path: Path) -> None:
+    """ValueError if the file ends before its pixels do; tifffile would fill them with zeros."""
+    reaches = [offset + count for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True)]
+    if not reaches or 0 in page.databytecounts or max(reaches) > path.stat().st_size:
+        raise ValueError("the file is cut short")
+
+
 def tiff_shape(path: Path) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Shape and dtype of a TIFF's first page without decoding it (UserError if it is none)."""
     import tifffile
 
     try:
         with tifffile.TiffFile(path) as tiff:
-            page = tiff.pages[0]
+            page = tiff.pages.first
+            _check_reach(page, path)
             return tuple(page.shape), np.dtype(page.dtype)
     except (OSError, ValueError, RuntimeError, IndexError, KeyError, TypeError) as error:
         raise UserError(
@@ -191,10 +201,11 @@ def encode_agl(agl_cm: U16) -> bytes:
 
 def encode_vflow(scale_px_per_m: float, angle_rad: float) -> bytes:
     """A VFLOW file: px/cm and radians in [0, 2 pi), rounded to nine significant digits."""
-    angle = geometry.wrap_angle(_rounded(geometry.wrap_angle(angle_rad)))  # rounding up may reach 2 pi
-    facts = {"scale": _rounded(geometry.px_per_cm(scale_px_per_m)), "angle": angle}
+    angle = geometry.wrap_angle(rounded(geometry.wrap_angle(angle_rad)))  # rounding up may reach 2 pi
+    facts = {"scale": rounded(geometry.px_per_cm(scale_px_per_m)), "angle": angle}
     return (json.dumps(facts, allow_nan=False) + "\n").encode()
 
 
-def _rounded(number: float) -> float:
+def rounded(number: float) -> float:
+    """A number with nine significant digits."""
     return float(f"{number:.{SIGNIFICANT_DIGITS}g}")

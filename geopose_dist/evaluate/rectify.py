@@ -64,7 +64,7 @@ def run(recipe: RectifyRecipe) -> None:
 def rectify_folder(truth: Path, predictions: Path, out: Path, *, workers: int = 0) -> None:
     """Rectify predictions and truth into `out/prediction` and `out/truth`, with images if truth has any."""
     has_images = any(truth.glob("*_RGB.*"))
-    images = {tile.key: tile for tile in layouts.read_layout(truth)} if has_images else {}
+    images = {tile.key: tile for tile in layouts.scan(truth).tiles} if has_images else {}
     for folder, name in ((predictions, "prediction"), (truth, "truth")):
         _rectify_all(folder, images, out / name, workers, image_needed=False)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ from geopose_dist.geometry import F32, direction
 
 U8 = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
+Array = TypeVar("Array", bound=npt.NDArray[Any])
 
 BLOCK = 16
 """Side of the blocks whose tallest surface tells lines of sight what to skip."""
@@ -130,19 +132,20 @@ def invert_flow(
         else _check_number(facade_px_per_px, "facade_px_per_px", ">= 0", 0.0, True)
     )
     shift = np.empty_like(agl_m)
-    unknown, tallest = _sight.shifts(agl_m, shift, per_m)
-    if unknown:
+    blocks = np.empty([-(-side // BLOCK) for side in agl_m.shape], np.float32)
+    column = np.zeros(agl_m.shape[1], np.float32)
+    if _sight.shifts(agl_m, shift, blocks, column, per_m):
         step = 1 / max(abs(dir_y), abs(dir_x))
         _sight.fill_unknown(agl_m, shift, np.empty((2, *agl_m.shape), np.float32), dir_y, dir_x, drop * step)
-        tallest = float(shift.max())
+        _sight.block_tallest(shift, blocks, column)
+    tallest = float(blocks.max())
     if tallest == 0:
         return shift
     if tallest > 4 * max(agl_m.shape):
-        # Nothing so tall can be met inside the tile from farther than its sides; keep the tables small.
+        # Nothing so tall can be met from farther than the tile's sides; this keeps the tables of steps small.
         np.minimum(shift, np.float32(4 * max(agl_m.shape)), out=shift)
-        tallest = float(shift.max())
-    blocks = np.empty([-(-side // BLOCK) for side in agl_m.shape], np.float32)
-    _sight.block_tallest(shift, blocks)
+        _sight.block_tallest(shift, blocks, column)
+        tallest = float(blocks.max())
     out = np.empty_like(agl_m)
     _sight.follow(shift, blocks, out, dir_y, dir_x, tallest)
     return out
@@ -202,10 +205,19 @@ def gather(
     out_agl = np.empty((rows, cols) if agl_m is not None else (1, 1), np.float32)
     inside = np.empty((rows, cols), np.uint8)
     outside = _gather.gather(
-        rgb, agl, agl_m is not None, shift, raised is not None, dir_y, dir_x, per_shift,
-        m.reshape(6), np.array(fill, np.uint8), out_rgb, out_agl, inside,
+        _at_least_2(rgb), _at_least_2(agl), agl_m is not None, _at_least_2(shift), raised is not None, dir_y, dir_x,
+        per_shift, m.reshape(6), rgb.shape[0], rgb.shape[1], np.array(fill, np.uint8),
+        out_rgb, out_agl, inside,
     )  # fmt: skip
     return out_rgb, out_agl if agl_m is not None else None, inside.view(np.bool_) if outside else None
+
+
+def _at_least_2(array: Array) -> Array:
+    """The array with a single row or column repeated: bilinear reading has two of each."""
+    for axis in (0, 1):
+        if array.shape[axis] == 1:
+            array = np.repeat(array, 2, axis)
+    return array
 
 
 def tone(rgb: U8, table: U8, noise: npt.NDArray[np.int8] | None = None, random: U8 | None = None) -> U8:

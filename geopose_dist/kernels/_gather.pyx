@@ -7,37 +7,84 @@ many operations it goes through. Colours are bilinear with weights of 1/128, hei
 over a roof's edge would invent surfaces. Outside the tile: fill colour, NaN, inside = 0.
 """
 
-from libc.math cimport NAN, floor, isfinite
+from libc.math cimport NAN
 
-from libc.stdint cimport uint8_t
+from libc.stdint cimport int32_t, uint8_t
 
 cdef extern from *:
     """
+    #include <math.h>
+    #include <stdint.h>
     #include <string.h>
     #if defined(__SSE2__)
     #include <emmintrin.h>
     #endif
+    #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__GLIBC__) \
+        && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+    #define GP_CLONES __attribute__((target_clones("avx2", "default")))
+    #else
+    #define GP_CLONES
+    #endif
 
-    /* Bilinear colour between the rows p0 and p1 (3 bytes per pixel; the right neighbour is 3 bytes on).
-       wx, wy are 0 .. 128. Exact integers, so that every build gives the same bytes:
-       horizontal sums of 15 bits, then (top * (128 - wy) + bottom * wy + 8192) >> 14. */
-    static inline void gp_bilinear_plain(const unsigned char *p0, const unsigned char *p1,
-                                         int wx, int wy, unsigned char *out) {
-        for (int c = 0; c < 3; c++) {
-            int top = p0[c] * (128 - wx) + p0[c + 3] * wx;
-            int bottom = p1[c] * (128 - wx) + p1[c + 3] * wx;
-            out[c] = (unsigned char)((top * (128 - wy) + bottom * wy + 8192) >> 14);
+    typedef struct {
+        double y0, x0;         /* place of column 0 of this output row */
+        double dy, dx;         /* what the next column adds */
+        double last_y, last_x; /* last row and column of the tile */
+        int rows, cols;        /* of the arrays, at least 2 each */
+    } gp_line;
+
+    /* Places of one output row, moved by shift along (dir_y, dir_x): at[i] = element of the upper left of
+       the four neighbours or -1 outside, and their weights, two 16-bit numbers each that sum to 128. Half a
+       pixel around the outermost centres still is image. NaN compares as outside. */
+    GP_CLONES static void gp_places(const gp_line *line, const float *restrict shift, double dir_y, double dir_x,
+                                    int n, int32_t *restrict at, int32_t *restrict wx, int32_t *restrict wy) {
+        const double last_y = line->last_y, last_x = line->last_x;
+        const double y0 = line->y0, x0 = line->x0, dy = line->dy, dx = line->dx;
+        const int most_y = line->rows - 2, most_x = line->cols - 2, cols = line->cols;
+        for (int i = 0; i < n; i++) {
+            double y = y0 + dy * i + dir_y * shift[i], x = x0 + dx * i + dir_x * shift[i];
+            int in = (y >= -0.5) & (y < last_y + 0.5) & (x >= -0.5) & (x < last_x + 0.5);
+            y = y > 0 ? y : 0; y = y < last_y ? y : last_y;
+            x = x > 0 ? x : 0; x = x < last_x ? x : last_x;
+            int iy = (int)y, ix = (int)x;
+            iy = iy < most_y ? iy : most_y;
+            ix = ix < most_x ? ix : most_x;
+            int fy = (int)((y - iy) * 128.0 + 0.5), fx = (int)((x - ix) * 128.0 + 0.5);
+            at[i] = (iy * cols + ix) | -(1 - in);
+            wy[i] = (128 - fy) | (fy << 16);
+            wx[i] = (128 - fx) | (fx << 16);
         }
     }
 
-    /* The same by SSE2, the baseline of x86-64. Reads 7 bytes from p0 and p1 and writes 4 to out. */
-    static inline void gp_bilinear(const unsigned char *p0, const unsigned char *p1,
-                                   int wx, int wy, unsigned char *out) {
+    /* The element nearest to each place of one output row, clipped to the tile; -1 outside. */
+    GP_CLONES static void gp_nearest(const gp_line *line, int n, int32_t *restrict at) {
+        const double last_y = line->last_y, last_x = line->last_x;
+        const double y0 = line->y0, x0 = line->x0, dy = line->dy, dx = line->dx;
+        const int cols = line->cols;
+        for (int i = 0; i < n; i++) {
+            double y = y0 + dy * i, x = x0 + dx * i;
+            int in = (y >= -0.5) & (y < last_y + 0.5) & (x >= -0.5) & (x < last_x + 0.5);
+            y = y > 0 ? y : 0; y = y < last_y ? y : last_y;
+            x = x > 0 ? x : 0; x = x < last_x ? x : last_x;
+            at[i] = ((int)(y + 0.5) * cols + (int)(x + 0.5)) | -(1 - in);
+        }
+    }
+
+    /* Bilinear colour of the pixels at p0, p0 + 3, p1, p1 + 3. Exact integers, so every build gives the same
+       bytes: (top * (128 - wy) + bottom * wy + 8192) >> 14, where top and bottom have 15 bits. */
+    static inline void gp_bilinear_plain(const uint8_t *p0, const uint8_t *p1, int32_t wx, int32_t wy, uint8_t *out) {
+        int a = wx & 0xffff, b = wx >> 16;
+        for (int c = 0; c < 3; c++)
+            out[c] = (uint8_t)(((p0[c] * a + p0[c + 3] * b) * (wy & 0xffff)
+                                + (p1[c] * a + p1[c + 3] * b) * (wy >> 16) + 8192) >> 14);
+    }
+
+    /* The same by SSE2, the baseline of x86-64; reads 7 bytes from p0 and p1, writes 4 to out. */
+    static inline void gp_bilinear(const uint8_t *p0, const uint8_t *p1, int32_t wx, int32_t wy, uint8_t *out) {
     #if defined(__SSE2__)
-        int a, b, c, d;
+        int32_t a, b, c, d;
         memcpy(&a, p0, 4); memcpy(&b, p0 + 3, 4); memcpy(&c, p1, 4); memcpy(&d, p1 + 3, 4);
-        const __m128i zero = _mm_setzero_si128();
-        const __m128i wh = _mm_set1_epi32((128 - wx) | (wx << 16)), wv = _mm_set1_epi32((128 - wy) | (wy << 16));
+        const __m128i zero = _mm_setzero_si128(), wh = _mm_set1_epi32(wx), wv = _mm_set1_epi32(wy);
         __m128i top = _mm_unpacklo_epi8(_mm_unpacklo_epi8(_mm_cvtsi32_si128(a), _mm_cvtsi32_si128(b)), zero);
         __m128i bottom = _mm_unpacklo_epi8(_mm_unpacklo_epi8(_mm_cvtsi32_si128(c), _mm_cvtsi32_si128(d)), zero);
         top = _mm_madd_epi16(top, wh);
@@ -51,82 +98,107 @@ cdef extern from *:
         gp_bilinear_plain(p0, p1, wx, wy, out);
     #endif
     }
+
+    /* Colours of one output row; the plain form where the quick one would read or write past an end. */
+    static void gp_colours(const uint8_t *rgb, const gp_line *line, int n, const int32_t *at, const int32_t *wx,
+                           const int32_t *wy, const uint8_t *fill, uint8_t *out) {
+        const int32_t stride = 3 * line->cols, end = (line->rows - 2) * line->cols + line->cols - 2;
+        for (int i = 0; i < n; i++, out += 3) {
+            const uint8_t *p = rgb + 3 * (Py_ssize_t)at[i];
+            if (at[i] < 0)
+                memcpy(out, fill, 3);
+            else if (at[i] == end || i == n - 1)
+                gp_bilinear_plain(p, p + stride, wx[i], wy[i], out);
+            else
+                gp_bilinear(p, p + stride, wx[i], wy[i], out);
+        }
+    }
+
+    /* Heights of one output row, from the nearest of the four neighbours; where raised, the shift times
+       per_shift if that neighbour is known. No conditions, which rotation makes unpredictable: h - h is NaN
+       where h is not finite, and all bits set outside are NaN as well. Not cloned: AVX2's gather instruction
+       is slower than single loads. */
+    static void gp_heights(const float *restrict agl, const gp_line *line, int n, const int32_t *restrict at,
+                           const int32_t *restrict wx, const int32_t *restrict wy, const float *restrict shift,
+                           int raised, float per_shift, float *restrict out) {
+        const int cols = line->cols;
+        for (int i = 0; i < n; i++) {
+            int32_t outside = at[i] >> 31, bits;
+            int32_t from = (at[i] + ((wy[i] >> 22) != 0) * cols + ((wx[i] >> 22) != 0)) & ~outside;
+            float h = agl[from];
+            h = (h - h) + (raised ? shift[i] * per_shift : h);
+            memcpy(&bits, &h, 4);
+            bits |= outside;
+            memcpy(&out[i], &bits, 4);
+        }
+    }
+
+    GP_CLONES static int gp_inside(const int32_t *restrict at, int n, uint8_t *restrict inside) {
+        int outside = 0;
+        for (int i = 0; i < n; i++) {
+            inside[i] = at[i] >= 0;
+            outside += at[i] < 0;
+        }
+        return outside;
+    }
     """
-    void gp_bilinear(const uint8_t *p0, const uint8_t *p1, int wx, int wy, uint8_t *out) noexcept nogil
-    void gp_bilinear_plain(const uint8_t *p0, const uint8_t *p1, int wx, int wy, uint8_t *out) noexcept nogil
+    ctypedef struct gp_line:
+        double y0, x0, dy, dx, last_y, last_x
+        int rows, cols
+    void gp_places(const gp_line *line, const float *shift, double dir_y, double dir_x, int n,
+                   int32_t *at, int32_t *wx, int32_t *wy) noexcept nogil
+    void gp_nearest(const gp_line *line, int n, int32_t *at) noexcept nogil
+    void gp_colours(const uint8_t *rgb, const gp_line *line, int n, const int32_t *at, const int32_t *wx,
+                    const int32_t *wy, const uint8_t *fill, uint8_t *out) noexcept nogil
+    void gp_heights(const float *agl, const gp_line *line, int n, const int32_t *at, const int32_t *wx,
+                    const int32_t *wy, const float *shift, int raised, float per_shift, float *out) noexcept nogil
+    int gp_inside(const int32_t *at, int n, uint8_t *inside) noexcept nogil
 
 
-cdef inline void colour(const uint8_t *rgb, Py_ssize_t rows, Py_ssize_t cols, double y, double x,
-                        uint8_t *out, bint room) noexcept nogil:
-    """Bilinear colour at (y, x), already within [0, rows-1] x [0, cols-1]; `room`: a 4th byte may be written."""
-    cdef Py_ssize_t iy = <Py_ssize_t>y, ix = <Py_ssize_t>x
-    cdef int wy, wx, c
-    cdef const uint8_t *p
-    cdef uint8_t edge[12]
-    if iy > rows - 2:
-        iy = rows - 2 if rows > 1 else 0
-    if ix > cols - 2:
-        ix = cols - 2 if cols > 1 else 0
-    wy = <int>((y - iy) * 128.0 + 0.5)
-    wx = <int>((x - ix) * 128.0 + 0.5)
-    p = rgb + (iy * cols + ix) * 3
-    if room and iy + 2 < rows:
-        gp_bilinear(p, p + cols * 3, wx, wy, out)
-    elif rows > 1 and cols > 1:
-        gp_bilinear_plain(p, p + cols * 3, wx, wy, out)
-    else:
-        # One row or one column: the missing neighbour is the pixel itself.
-        for c in range(6):
-            edge[c] = p[c if cols > 1 or c < 3 else c - 3]
-            edge[6 + c] = p[cols * 3 + (c if cols > 1 or c < 3 else c - 3)] if rows > 1 else edge[c]
-        gp_bilinear_plain(edge, edge + 6, wx, wy, out)
+cdef enum:
+    BLOCK_COLS = 128  # also written as a number where a loop's step must be known to the compiler
 
 
 def gather(const uint8_t[:, :, ::1] rgb, const float[:, ::1] agl_m, bint has_agl,
-           const float[:, ::1] shift, bint has_shift, double dir_y, double dir_x, double agl_per_shift,
-           const double[::1] matrix, const uint8_t[::1] fill,
+           const float[:, ::1] shift, bint raised, double dir_y, double dir_x, double agl_per_shift,
+           const double[::1] matrix, Py_ssize_t rows, Py_ssize_t cols, const uint8_t[::1] fill,
            uint8_t[:, :, ::1] out_rgb, float[:, ::1] out_agl, uint8_t[:, ::1] inside):
     """Fill the outputs; `matrix` maps output (r, c) to the place (m0 r + m1 c + m2, m3 r + m4 c + m5).
 
-    With a shift field the height is shift * agl_per_shift where the surface met is known. Returns the
-    number of output pixels outside.
+    The tile has `rows` and `cols`, its arrays at least 2 of each (a single one is repeated). Returns the number
+    of pixels outside. Output goes by strips of columns, so that the rows of a turned tile stay in the cache.
     """
-    cdef Py_ssize_t rows = rgb.shape[0], cols = rgb.shape[1]
-    cdef Py_ssize_t out_rows = out_rgb.shape[0], out_cols = out_rgb.shape[1], r, c, ny, nx, outside = 0
-    cdef double y, x, y0, x0, top = rows - 0.5, right = cols - 0.5, last_y = rows - 1, last_x = cols - 1
-    cdef float s, h
-    cdef uint8_t *to
+    cdef Py_ssize_t out_rows = out_rgb.shape[0], out_cols = out_rgb.shape[1], r, c, left, outside = 0
+    cdef int n
+    cdef int32_t at[BLOCK_COLS]
+    cdef int32_t wx[BLOCK_COLS]
+    cdef int32_t wy[BLOCK_COLS]
+    cdef float moved[BLOCK_COLS]
+    cdef gp_line line
+    line.rows = <int>rgb.shape[0]
+    line.cols = <int>rgb.shape[1]
+    line.last_y = rows - 1
+    line.last_x = cols - 1
+    line.dy = matrix[1]
+    line.dx = matrix[4]
     with nogil:
-        for r in range(out_rows):
-            y0 = matrix[0] * r + matrix[2]
-            x0 = matrix[3] * r + matrix[5]
-            for c in range(out_cols):
-                y = y0 + matrix[1] * c
-                x = x0 + matrix[4] * c
-                to = &out_rgb[r, c, 0]
-                # Half a pixel around the outermost centres still is image. Written so that NaN is outside.
-                if y >= -0.5 and y < top and x >= -0.5 and x < right:
-                    s = 0
-                    if has_shift:
-                        s = shift[<Py_ssize_t>(y + 0.5), <Py_ssize_t>(x + 0.5)]
-                        y = y + s * dir_y
-                        x = x + s * dir_x
-                    if y >= -0.5 and y < top and x >= -0.5 and x < right:
-                        if has_agl:
-                            h = agl_m[<Py_ssize_t>(y + 0.5), <Py_ssize_t>(x + 0.5)]
-                            out_agl[r, c] = (s * agl_per_shift if has_shift else h) if isfinite(h) else NAN
-                        y = 0 if y < 0 else (last_y if y > last_y else y)
-                        x = 0 if x < 0 else (last_x if x > last_x else x)
-                        inside[r, c] = 1
-                        colour(&rgb[0, 0, 0], rows, cols, y, x, to, c < out_cols - 1)
-                        continue
-                outside += 1
-                inside[r, c] = 0
-                to[0] = fill[0]
-                to[1] = fill[1]
-                to[2] = fill[2]
+        for c in range(BLOCK_COLS):
+            moved[c] = 0.0
+        for left in range(0, out_cols, 128):
+            n = <int>(out_cols - left if out_cols - left < BLOCK_COLS else BLOCK_COLS)
+            for r in range(out_rows):
+                line.y0 = matrix[0] * r + matrix[1] * left + matrix[2]
+                line.x0 = matrix[3] * r + matrix[4] * left + matrix[5]
+                if raised:
+                    gp_nearest(&line, n, at)
+                    for c in range(n):
+                        moved[c] = (&shift[0, 0])[at[c]] if at[c] >= 0 else NAN
+                gp_places(&line, moved, dir_y, dir_x, n, at, wx, wy)
+                gp_colours(&rgb[0, 0, 0], &line, n, at, wx, wy, &fill[0], &out_rgb[r, left, 0])
                 if has_agl:
-                    out_agl[r, c] = NAN
+                    gp_heights(&agl_m[0, 0], &line, n, at, wx, wy, moved, raised, <float>agl_per_shift,
+                               &out_agl[r, left])
+                outside += gp_inside(at, n, &inside[r, left])
     return outside
 
 

@@ -261,8 +261,11 @@ cdef inline float cloud(Scene* s, float row, float col) noexcept nogil:
     return (1 - fr) * above + fr * under
 
 
-cdef void shade(Scene* s, Light* light, Hit* hit, uint32_t salt, float* rgb) noexcept nogil:
-    """Linear radiance of what a ray met: material, texture, sun with cast shadow, sky light."""
+cdef bint shade(Scene* s, Light* light, Hit* hit, uint32_t salt, float across, float along_sun, float* rgb) noexcept nogil:
+    """Linear radiance of what a ray met: material, texture, sun with cast shadow, sky light; whether the sun shines.
+
+    The sun is a disc: (across, along_sun), each within -.5 .. .5, is the point of it that this ray asks.
+    """
     cdef int32_t thing = s.ids[hit.row * s.cols + hit.col]
     cdef const float* o = s.objects + 16 * thing
     cdef const float* gain = s.gains + 3 * <int>o[MATERIAL]
@@ -275,9 +278,8 @@ cdef void shade(Scene* s, Light* light, Hit* hit, uint32_t salt, float* rgb) noe
     cdef Py_ssize_t shift_row, shift_col
     cdef float here = s.height[hit.row * s.cols + hit.col]
     cdef float lit = 0
-    # The sun is a disc: each ray picks one point of it, and the sensor's blur averages them to a penumbra.
-    run_col = <float>light.run_col * (1 + light.spread * (unit(salt) - 0.5)) - <float>light.run_row * light.spread * (unit(salt + 77) - 0.5)
-    run_row = <float>light.run_row * (1 + light.spread * (unit(salt) - 0.5)) + <float>light.run_col * light.spread * (unit(salt + 77) - 0.5)
+    run_col = <float>light.run_col * (1 + light.spread * along_sun) - <float>light.run_row * light.spread * across
+    run_row = <float>light.run_row * (1 + light.spread * along_sun) + <float>light.run_col * light.spread * across
     open_sky = s.around[(hit.row >> 2) * s.around_cols + (hit.col >> 2)] - hit.agl
     open_sky = 1 if open_sky < 0 else 1 / (1 + 0.09 * open_sky)
     if hit.kind == TOP or here - hit.agl < 0.6 or leafy:
@@ -310,7 +312,7 @@ cdef void shade(Scene* s, Light* light, Hit* hit, uint32_t salt, float* rgb) noe
             texture = 0.25
         for k in range(3):
             rgb[k] = o[base + k] * gain[k] * texture * (lit * light.sun[k] + open_sky * light.sky[k])
-        return
+        return lit > 0
     # A wall. Its plane follows the building's own axes; of the two that face the viewer, the exposed one.
     nx = o[COSINE]
     ny = o[SINE]
@@ -352,6 +354,7 @@ cdef void shade(Scene* s, Light* light, Hit* hit, uint32_t salt, float* rgb) noe
             rgb[k] = o[GLASS] * (0.16 + 0.05 * k + 0.12 * unit(code)) * (0.25 * lit * light.sun[k] + 2.2 * open_sky * light.sky[k])
         else:
             rgb[k] = o[WALL_RED + k] * texture * (lit * light.sun[k] + open_sky * light.sky[k] + 0.06 * light.sun[k] * light.sun_z)
+    return lit > 0
 
 
 cdef void fill_scene(Scene* s, const float[:, ::1] height, const float[:, ::1] fine, const float[:, ::1] coarse,
@@ -413,8 +416,8 @@ def render(const float[:, ::1] height, const float[:, ::1] fine, const float[:, 
            const int32_t[:, ::1] ids, const float[:, ::1] objects, const float[:, ::1] gains, const float[:, ::1] around,
            const float[:, ::1] noise, const double[::1] camera, const float[::1] light_in,
            float[:, :, ::1] rgb, float[:, ::1] agl, float[:, ::1] row, float[:, ::1] col,
-           int32_t[:, ::1] seen, uint8_t[:, ::1] kind):
-    """As `trace`, with the linear radiance and the object seen; edges and walls are averaged over four more rays."""
+           int32_t[:, ::1] seen, uint8_t[:, ::1] kind, uint8_t[:, ::1] lit):
+    """As `trace`, with the linear radiance and the object seen; edges of things and shadows, and walls, are averaged over four rays."""
     cdef Scene s
     cdef View v
     cdef Light light
@@ -453,13 +456,16 @@ def render(const float[:, ::1] height, const float[:, ::1] fine, const float[:, 
                 col[y, x] = hit.at_col
                 kind[y, x] = hit.kind
                 seen[y, x] = s.ids[hit.row * s.cols + hit.col]
-                shade(&s, &light, &hit, <uint32_t>(y * 65537 + x), &rgb[y, x, 0])
+                salt = mix(<uint32_t>(y * 65537 + x))
+                lit[y, x] = shade(&s, &light, &hit, salt, unit(salt) - <float>0.5, unit(salt + 1) - <float>0.5, &rgb[y, x, 0])
         for y in range(rows):
             for x in range(cols):
                 edge = kind[y, x] == WALL
                 if x > 0 and (seen[y, x] != seen[y, x - 1] or fabsf(agl[y, x] - agl[y, x - 1]) > 1):
                     edge = True
                 elif y > 0 and (seen[y, x] != seen[y - 1, x] or fabsf(agl[y, x] - agl[y - 1, x]) > 1):
+                    edge = True
+                elif x > 0 and lit[y, x] != lit[y, x - 1] or y > 0 and lit[y, x] != lit[y - 1, x]:
                     edge = True
                 elif x + 1 < cols and seen[y, x] != seen[y, x + 1]:
                     edge = True
@@ -470,9 +476,9 @@ def render(const float[:, ::1] height, const float[:, ::1] fine, const float[:, 
                 for k in range(3):
                     total[k] = 0
                 for j in range(4):
-                    salt = <uint32_t>(y * 65537 + x) + 40503 * <uint32_t>(j + 1)
+                    salt = mix(<uint32_t>(y * 65537 + x)) + 40503 * <uint32_t>(j + 1)
                     hit = look(&s, &v, x - 0.25 + 0.5 * (j & 1), y - 0.25 + 0.5 * (j >> 1))
-                    shade(&s, &light, &hit, salt, &part[0])
+                    shade(&s, &light, &hit, salt, 0.5 * (unit(salt) - (j & 1)), 0.5 * (unit(salt + 1) - (j >> 1)), &part[0])
                     for k in range(3):
                         total[k] += part[k]
                 for k in range(3):

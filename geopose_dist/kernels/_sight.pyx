@@ -27,40 +27,82 @@ cdef extern from *:
     #endif
 
     /* last[i] = k where the surface k steps along is at least t pixels tall; k only grows, so max will do. */
-    GP_CLONES static void gp_march(const float *src, float *last, Py_ssize_t n, float t, float k) {
+    GP_CLONES static void gp_march(const float *restrict src, int *restrict last, Py_ssize_t n, float t, int k) {
         for (Py_ssize_t i = 0; i < n; i++) {
-            float mine = src[i] >= t ? k : 0.0f;
-            last[i] = last[i] > mine ? last[i] : mine;
+            int m = -(int)(src[i] >= t) & k;
+            last[i] = last[i] > m ? last[i] : m;
         }
     }
 
-    /* The crossing where the last step is 0: between the pixel itself (here) and its first step (next). */
-    GP_CLONES static void gp_cross0(const float *here, const float *next, float *out, Py_ssize_t n, float length) {
+    /* Eight steps at once, k .. k + 7, so that last[] is read and written once. Masks, not conditions: the
+       compiler would make branches of those. */
+    GP_CLONES static void gp_march8(const float *restrict from, const int *restrict off, const float *restrict t, int k,
+                                    int *restrict last, Py_ssize_t n) {
+        const float *s0 = from + off[0], *s1 = from + off[1], *s2 = from + off[2], *s3 = from + off[3];
+        const float *s4 = from + off[4], *s5 = from + off[5], *s6 = from + off[6], *s7 = from + off[7];
+        const float t0 = t[0], t1 = t[1], t2 = t[2], t3 = t[3], t4 = t[4], t5 = t[5], t6 = t[6], t7 = t[7];
+        for (Py_ssize_t i = 0; i < n; i++) {
+            int mine = last[i], m;
+            m = -(int)(s0[i] >= t0) & (k + 0); mine = mine > m ? mine : m;
+            m = -(int)(s1[i] >= t1) & (k + 1); mine = mine > m ? mine : m;
+            m = -(int)(s2[i] >= t2) & (k + 2); mine = mine > m ? mine : m;
+            m = -(int)(s3[i] >= t3) & (k + 3); mine = mine > m ? mine : m;
+            m = -(int)(s4[i] >= t4) & (k + 4); mine = mine > m ? mine : m;
+            m = -(int)(s5[i] >= t5) & (k + 5); mine = mine > m ? mine : m;
+            m = -(int)(s6[i] >= t6) & (k + 6); mine = mine > m ? mine : m;
+            m = -(int)(s7[i] >= t7) & (k + 7); mine = mine > m ? mine : m;
+            last[i] = mine;
+        }
+    }
+
+    /* The crossing between the last step that is tall enough and the next one. Not cloned: AVX2 would fetch
+       by its gather instruction, which is slower here than single loads. */
+    static void gp_cross(const float *restrict from, const int *restrict off, const float *restrict t,
+                         const int *restrict last, float *restrict out, Py_ssize_t n) {
+        for (Py_ssize_t i = 0; i < n; i++) {
+            int k = last[i];
+            float lo = from[i + off[k]], hi = from[i + off[k + 1]];
+            float q0 = lo - t[k], q1 = t[k + 1] - hi;
+            out[i] = lo + q0 / (q0 + q1) * (hi - lo);
+        }
+    }
+
+    /* The same where the last step is 0 everywhere: between the pixel itself and its first step. */
+    GP_CLONES static void gp_cross0(const float *restrict here, const float *restrict next, float *restrict out, Py_ssize_t n,
+                                    float length) {
         for (Py_ssize_t i = 0; i < n; i++) {
             float lo = here[i], hi = next[i];
-            float a = lo / (lo + (length - hi));
-            out[i] = lo + a * (hi - lo);
+            out[i] = lo + lo / (lo + (length - hi)) * (hi - lo);
         }
     }
 
-    /* Shift in pixels of heights in metres: below 0 counts as 0; the number of unknown ones is returned. */
-    GP_CLONES static Py_ssize_t gp_shift(const float *agl, float *out, Py_ssize_t n, float c, float *tallest) {
+    /* Shift in pixels of heights in metres: below 0 counts as 0; also the largest per column so far. Returns
+       how many are unknown. */
+    GP_CLONES static Py_ssize_t gp_shift(const float *restrict agl, float *restrict out, float *restrict column,
+                                         Py_ssize_t n, float c) {
         int unknown = 0;
-        float most = *tallest;
         for (Py_ssize_t i = 0; i < n; i++) {
             float v = agl[i] * c;
-            unknown += !(v < 3e38f && v > -3e38f);
+            unknown += 1 - ((v < 3e38f) & (v > -3e38f));
             v = v < 0.0f ? 0.0f : v;
-            most = v > most ? v : most;
+            column[i] = v > column[i] ? v : column[i];
             out[i] = v;
         }
-        *tallest = most;
         return unknown;
     }
+
+    GP_CLONES static void gp_larger(const float *restrict src, float *restrict column, Py_ssize_t n) {
+        for (Py_ssize_t i = 0; i < n; i++)
+            column[i] = src[i] > column[i] ? src[i] : column[i];
+    }
     """
-    void gp_march(const float *src, float *last, Py_ssize_t n, float t, float k) noexcept nogil
+    void gp_march(const float *src, int *last, Py_ssize_t n, float t, int k) noexcept nogil
+    void gp_march8(const float *src, const int *off, const float *t, int k, int *last, Py_ssize_t n) noexcept nogil
+    void gp_cross(const float *src, const int *off, const float *t, const int *last, float *out,
+                  Py_ssize_t n) noexcept nogil
     void gp_cross0(const float *here, const float *next, float *out, Py_ssize_t n, float length) noexcept nogil
-    Py_ssize_t gp_shift(const float *agl, float *out, Py_ssize_t n, float c, float *tallest) noexcept nogil
+    Py_ssize_t gp_shift(const float *agl, float *out, float *column, Py_ssize_t n, float c) noexcept nogil
+    void gp_larger(const float *src, float *column, Py_ssize_t n) noexcept nogil
 
 cdef enum:
     TILE_ROWS = 16
@@ -69,14 +111,39 @@ cdef enum:
     CHUNK = 8
 
 
-def shifts(const float[:, ::1] agl_m, float[:, ::1] out, double px_per_m):
-    """out = max(agl_m * px_per_m, 0), NaN kept; returns (number not finite, largest)."""
+cdef void reduce_columns(float[:, ::1] blocks, Py_ssize_t block_row, float *column, Py_ssize_t cols) noexcept nogil:
+    """The largest of each BLOCK columns into one row of `blocks`; `column` starts again at 0."""
+    cdef Py_ssize_t x
+    for x in range(blocks.shape[1]):
+        blocks[block_row, x] = 0.0
+    for x in range(cols):
+        if column[x] > blocks[block_row, x // BLOCK]:
+            blocks[block_row, x // BLOCK] = column[x]
+        column[x] = 0.0
+
+
+def shifts(const float[:, ::1] agl_m, float[:, ::1] out, float[:, ::1] blocks, float[::1] column, double px_per_m):
+    """out = max(agl_m * px_per_m, 0), NaN kept; blocks = largest of each BLOCK x BLOCK; returns the number not finite.
+
+    `column` [cols] is scratch and must be 0.
+    """
     cdef Py_ssize_t rows = agl_m.shape[0], cols = agl_m.shape[1], y, unknown = 0
-    cdef float tallest = 0.0
     with nogil:
         for y in range(rows):
-            unknown += gp_shift(&agl_m[y, 0], &out[y, 0], cols, <float>px_per_m, &tallest)
-    return unknown, float(tallest)
+            unknown += gp_shift(&agl_m[y, 0], &out[y, 0], &column[0], cols, <float>px_per_m)
+            if y % BLOCK == BLOCK - 1 or y == rows - 1:
+                reduce_columns(blocks, y // BLOCK, &column[0], cols)
+    return unknown
+
+
+def block_tallest(const float[:, ::1] shift, float[:, ::1] blocks, float[::1] column):
+    """blocks = largest shift of each BLOCK x BLOCK; `column` [cols] is scratch and must be 0."""
+    cdef Py_ssize_t rows = shift.shape[0], cols = shift.shape[1], y
+    with nogil:
+        for y in range(rows):
+            gp_larger(&shift[y, 0], &column[0], cols)
+            if y % BLOCK == BLOCK - 1 or y == rows - 1:
+                reduce_columns(blocks, y // BLOCK, &column[0], cols)
 
 
 def fill_unknown(const float[:, ::1] agl_m, float[:, ::1] shift, float[:, :, ::1] before,
@@ -147,17 +214,6 @@ def fill_unknown(const float[:, ::1] agl_m, float[:, ::1] shift, float[:, :, ::1
                     shift[y, x] = ramp if ramp > behind else behind
 
 
-def block_tallest(const float[:, ::1] shift, float[:, ::1] out):
-    """Largest value of each BLOCK x BLOCK block."""
-    cdef Py_ssize_t rows = shift.shape[0], cols = shift.shape[1], y, x
-    with nogil:
-        out[:, :] = 0.0
-        for y in range(rows):
-            for x in range(cols):
-                if shift[y, x] > out[y // BLOCK, x // BLOCK]:
-                    out[y // BLOCK, x // BLOCK] = shift[y, x]
-
-
 cdef inline float covering(const float[:, ::1] blocks, Py_ssize_t top, Py_ssize_t bottom,
                            Py_ssize_t left, Py_ssize_t right) noexcept nogil:
     """Upper bound of the shift over rows top..bottom and columns left..right (inclusive, clipped)."""
@@ -186,70 +242,105 @@ def follow(const float[:, ::1] shift, const float[:, ::1] blocks, float[:, ::1] 
 
     `shift` is finite and >= 0, `blocks` its `block_tallest`, `tallest` its maximum.
     """
-    cdef Py_ssize_t rows = shift.shape[0], cols = shift.shape[1]
+    cdef Py_ssize_t rows = shift.shape[0], cols = shift.shape[1], k
     cdef double length = step_length(dir_y, dir_x)
-    cdef Py_ssize_t reach = <Py_ssize_t>(tallest / length) + 2
-    cdef Py_ssize_t *oy = <Py_ssize_t *>malloc((reach + CHUNK + 2) * sizeof(Py_ssize_t))
-    cdef Py_ssize_t *ox = <Py_ssize_t *>malloc((reach + CHUNK + 2) * sizeof(Py_ssize_t))
-    if oy == NULL or ox == NULL:
+    cdef Py_ssize_t reach = <Py_ssize_t>(tallest / length) + 2, steps = reach + CHUNK + 2
+    # Of each step: rows and columns away, elements away, pixels along the line.
+    cdef int *oy = <int *>malloc(steps * sizeof(int))
+    cdef int *ox = <int *>malloc(steps * sizeof(int))
+    cdef int *off = <int *>malloc(steps * sizeof(int))
+    cdef float *t = <float *>malloc(steps * sizeof(float))
+    if oy == NULL or ox == NULL or off == NULL or t == NULL:
         free(oy)
         free(ox)
+        free(off)
+        free(t)
         raise MemoryError
-    cdef float last[TILE_ROWS * TILE_COLS]
-    cdef Py_ssize_t ti, tj, ty, tx, chunk, y, x, y1, x1, k, k0, k1, i, lo_x, hi_x, sy, sx, n
-    cdef bint marched
-    cdef float lo, hi, q0, q1, len_f = <float>length
-    cdef float *row
     with nogil:
-        for k in range(reach + CHUNK + 2):
-            oy[k] = nearest(k * length * dir_y)
-            ox[k] = nearest(k * length * dir_x)
-        for ti in range((rows + TILE_ROWS - 1) // TILE_ROWS):
-            ty = ti * TILE_ROWS
-            y1 = ty + TILE_ROWS if ty + TILE_ROWS < rows else rows
-            for tj in range((cols + TILE_COLS - 1) // TILE_COLS):
-                tx = tj * TILE_COLS
-                x1 = tx + TILE_COLS if tx + TILE_COLS < cols else cols
-                marched = False
-                for chunk in range((reach + CHUNK - 1) // CHUNK):
-                    k0 = 1 + chunk * CHUNK
-                    k1 = k0 + CHUNK - 1
-                    if covering(blocks, ty + (oy[k0] if oy[k0] < oy[k1] else oy[k1]),
-                                y1 - 1 + (oy[k0] if oy[k0] > oy[k1] else oy[k1]),
-                                tx + (ox[k0] if ox[k0] < ox[k1] else ox[k1]),
-                                x1 - 1 + (ox[k0] if ox[k0] > ox[k1] else ox[k1])) < <float>(k0 * length):
-                        continue
-                    if not marched:
-                        marched = True
-                        for i in range(TILE_ROWS * TILE_COLS):
-                            last[i] = 0.0
-                    for y in range(ty, y1):
-                        row = &last[(y - ty) * TILE_COLS]
-                        for k in range(k0, k1 + 1):
-                            sy = y + oy[k]
-                            lo_x = tx if tx + ox[k] >= 0 else -ox[k]
-                            hi_x = x1 if x1 + ox[k] <= cols else cols - ox[k]
-                            if sy < 0 or sy >= rows or lo_x >= hi_x:
-                                continue
-                            gp_march(&shift[sy, lo_x + ox[k]], row + (lo_x - tx), hi_x - lo_x,
-                                     <float>(k * length), <float>k)
-                for y in range(ty, y1):
-                    sy = y + oy[1]
-                    if not marched and 0 <= sy < rows and tx + ox[1] >= 0 and x1 + ox[1] <= cols:
-                        gp_cross0(&shift[y, tx], &shift[sy, tx + ox[1]], &out[y, tx], x1 - tx, len_f)
-                        continue
-                    for x in range(tx, x1):
-                        k = <Py_ssize_t>last[(y - ty) * TILE_COLS + x - tx] if marched else 0
-                        lo = shift[y + oy[k], x + ox[k]]
-                        sy = y + oy[k + 1]
-                        sx = x + ox[k + 1]
-                        q0 = lo - <float>(k * length)
-                        if 0 <= sy < rows and 0 <= sx < cols:
-                            hi = shift[sy, sx]
-                            q1 = <float>((k + 1) * length) - hi
-                            out[y, x] = lo + q0 / (q0 + q1) * (hi - lo)
-                        else:
-                            # The next step is off the tile; half a pixel beyond the last sample still is its own.
-                            out[y, x] = lo if q0 <= 0.5 * len_f else NAN
+        for k in range(steps):
+            oy[k] = <int>nearest(k * length * dir_y)
+            ox[k] = <int>nearest(k * length * dir_x)
+            off[k] = <int>(oy[k] * cols + ox[k])
+            t[k] = <float>(k * length)
+        follow_tiles(shift, blocks, out, oy, ox, off, t, reach)
     free(oy)
     free(ox)
+    free(off)
+    free(t)
+
+
+cdef void follow_tiles(const float[:, ::1] shift, const float[:, ::1] blocks, float[:, ::1] out,
+                       const int *oy, const int *ox, const int *off, const float *t, Py_ssize_t reach) noexcept nogil:
+    cdef Py_ssize_t rows = shift.shape[0], cols = shift.shape[1]
+    cdef Py_ssize_t ti, tj, ty, tx, y1, x1, chunk, k0, k1, farthest, i, y
+    cdef int last[TILE_ROWS * TILE_COLS]
+    cdef int *row
+    cdef bint within
+    for ti in range((rows + TILE_ROWS - 1) // TILE_ROWS):
+        ty = ti * TILE_ROWS
+        y1 = ty + TILE_ROWS if ty + TILE_ROWS < rows else rows
+        for tj in range((cols + TILE_COLS - 1) // TILE_COLS):
+            tx = tj * TILE_COLS
+            x1 = tx + TILE_COLS if tx + TILE_COLS < cols else cols
+            farthest = 0
+            for chunk in range((reach + CHUNK - 1) // CHUNK):
+                k0 = 1 + chunk * CHUNK
+                k1 = k0 + CHUNK - 1
+                if covering(blocks, ty + (oy[k0] if oy[k0] < oy[k1] else oy[k1]),
+                            y1 - 1 + (oy[k0] if oy[k0] > oy[k1] else oy[k1]),
+                            tx + (ox[k0] if ox[k0] < ox[k1] else ox[k1]),
+                            x1 - 1 + (ox[k0] if ox[k0] > ox[k1] else ox[k1])) < t[k0]:
+                    continue
+                if farthest == 0:
+                    for i in range(TILE_ROWS * TILE_COLS):
+                        last[i] = 0
+                farthest = k1
+                within = (0 <= ty + oy[k1] and y1 + oy[k1] <= rows and 0 <= tx + ox[k1] and x1 + ox[k1] <= cols)
+                for y in range(ty, y1):
+                    row = &last[(y - ty) * TILE_COLS]
+                    if within:
+                        gp_march8(&shift[y, tx], off + k0, t + k0, <int>k0, row, x1 - tx)
+                    else:
+                        march_clipped(shift, oy, ox, t, k0, k1, y, tx, x1, row)
+            # The next step after the farthest that may have been the last one.
+            k1 = farthest + 1
+            within = (0 <= ty + oy[k1] and y1 + oy[k1] <= rows and 0 <= tx + ox[k1] and x1 + ox[k1] <= cols)
+            for y in range(ty, y1):
+                row = &last[(y - ty) * TILE_COLS]
+                if not within:
+                    cross_clipped(shift, out, oy, ox, t, row, farthest > 0, y, tx, x1)
+                elif farthest > 0:
+                    gp_cross(&shift[y, tx], off, t, row, &out[y, tx], x1 - tx)
+                else:
+                    gp_cross0(&shift[y, tx], &shift[y, tx] + off[1], &out[y, tx], x1 - tx, t[1])
+
+
+cdef void march_clipped(const float[:, ::1] shift, const int *oy, const int *ox, const float *t, Py_ssize_t k0,
+                        Py_ssize_t k1, Py_ssize_t y, Py_ssize_t tx, Py_ssize_t x1, int *row) noexcept nogil:
+    """gp_march8 where some steps are off the tile."""
+    cdef Py_ssize_t k, sy, low, high
+    for k in range(k0, k1 + 1):
+        sy = y + oy[k]
+        low = tx if tx + ox[k] >= 0 else -ox[k]
+        high = x1 if x1 + ox[k] <= shift.shape[1] else shift.shape[1] - ox[k]
+        if 0 <= sy < shift.shape[0] and low < high:
+            gp_march(&shift[sy, low + ox[k]], row + (low - tx), high - low, t[k], <int>k)
+
+
+cdef void cross_clipped(const float[:, ::1] shift, float[:, ::1] out, const int *oy, const int *ox, const float *t,
+                        const int *row, bint marched, Py_ssize_t y, Py_ssize_t tx, Py_ssize_t x1) noexcept nogil:
+    """gp_cross where the next step may be off the tile; half a pixel beyond the last sample still is its own."""
+    cdef Py_ssize_t x, k, sy, sx
+    cdef float lo, hi, q0, q1
+    for x in range(tx, x1):
+        k = row[x - tx] if marched else 0
+        lo = shift[y + oy[k], x + ox[k]]
+        q0 = lo - t[k]
+        sy = y + oy[k + 1]
+        sx = x + ox[k + 1]
+        if 0 <= sy < shift.shape[0] and 0 <= sx < shift.shape[1]:
+            hi = shift[sy, sx]
+            q1 = t[k + 1] - hi
+            out[y, x] = lo + q0 / (q0 + q1) * (hi - lo)
+        else:
+            out[y, x] = lo if q0 <= 0.5 * t[1] else NAN

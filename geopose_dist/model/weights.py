@@ -46,7 +46,9 @@ def load_net(path: Path) -> tuple[GeoposeNet, dict[str, Any]]:
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read as a checkpoint ({error}); name another one") from error
     except KeyError as error:
-        raise UserError(f"{file}: is safetensors but holds no model recipe; wanted a file that training wrote") from error
+        raise UserError(
+            f"{file}: is safetensors but holds no model recipe; wanted a file that training wrote"
+        ) from error
     net = GeoposeNet(config.load_dict(ModelRecipe, recipe_values, where=str(file)))
     load_state(net, state, str(file))
     return net.eval(), facts

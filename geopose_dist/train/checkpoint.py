@@ -9,6 +9,7 @@ complete one is found by listing.
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 from geopose_dist import config, files
 from geopose_dist.errors import UserError
 from geopose_dist.model import weights
-from geopose_dist.model.pretrained import read_state
+from geopose_dist.model.pretrained import UNREADABLE, read_state
 from geopose_dist.train.recipe import TrainRecipe
 
 FREE_TO_DIFFER = (
@@ -104,9 +105,9 @@ def load(folder: Path) -> Snapshot:
     ema = read_state(folder / weights.EMA_NAME) if (folder / weights.EMA_NAME).is_file() else None
     try:
         training = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
+    except (*UNREADABLE, pickle.UnpicklingError) as error:
         raise UserError(
-            f"{folder}/training.pt: cannot be read ({str(error).splitlines()[0]}); remove {folder} to go on from the "
+            f"{folder}/training.pt: cannot be read ({type(error).__name__}); remove {folder} to go on from the "
             "checkpoint before it"
         ) from error
     return Snapshot(model, training["optimizer"], training["scaler"], ema)
@@ -120,10 +121,13 @@ def check_same_run(folder: Path, recipe: TrainRecipe, fingerprint: str) -> None:
     changes = [
         f"{name}: the run has {former.get(name)!r}, the recipe says {now.get(name)!r}"
         for name in sorted(former.keys() | now.keys())
-        if former.get(name) != now.get(name) and not any(name == a or name.startswith(f"{a}.") for a in allowed)
+        if former.get(name) != now.get(name)
+        and not any(name == a or name.startswith(f"{a}.") for a in allowed)
     ]
     if state["fingerprint"] != fingerprint and "data.shards" not in recipe.allow_change:
-        changes.append(f"data.shards: the run has samples {state['fingerprint']}, these shards are {fingerprint}")
+        changes.append(
+            f"data.shards: the run has samples {state['fingerprint']}, these shards are {fingerprint}"
+        )
     if changes:
         raise UserError(
             "\n  ".join(

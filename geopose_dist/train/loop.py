@@ -107,12 +107,17 @@ class Meter:
     def take(self) -> dict[str, float]:
         """Tiles per second over all ranks and the share of time spent waiting; starts anew."""
         passed = max(time.monotonic() - self._began, 1e-9)
-        speeds = {"tiles_per_s": self._steps * self.global_batch / passed, "data_wait_share": self._waited_s / passed}
+        speeds = {
+            "tiles_per_s": self._steps * self.global_batch / passed,
+            "data_wait_share": self._waited_s / passed,
+        }
         self.__post_init__()
         return speeds
 
 
-def write_metrics(session: Session, result: StepResult, meter: Meter, bar: ProgressBar, keys: list[str]) -> None:
+def write_metrics(
+    session: Session, result: StepResult, meter: Meter, bar: ProgressBar, keys: list[str]
+) -> None:
     """One line of metrics.jsonl about the step just taken; a loss that is not finite ends the run by name."""
     shares = session.world.sum(torch.cat([result.loss[None], result.terms]))
     value, *terms = (float(share) for share in shares)
@@ -136,14 +141,18 @@ def write_metrics(session: Session, result: StepResult, meter: Meter, bar: Progr
         line["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     if session.world.is_first:
         session.log.write("metrics", line)
-        bar.advance(0, f"loss {value:.4g}, {line['tiles_per_s']:.3g} tiles/s, waiting {line['data_wait_share']:.0%}")
+        bar.advance(
+            0, f"loss {value:.4g}, {line['tiles_per_s']:.3g} tiles/s, waiting {line['data_wait_share']:.0%}"
+        )
 
 
 def take_score(session: Session) -> None:
     """Validate raw and averaged weights; the better score is the checkpoint's."""
     if session.validation is None:
         return
-    kinds = {"raw": session.net} if session.ema is None else {"raw": session.net, "ema": session.averaged_net()}
+    kinds = (
+        {"raw": session.net} if session.ema is None else {"raw": session.net, "ema": session.averaged_net()}
+    )
     results: dict[str, float] = {}
     for kind, net in kinds.items():
         score = validate.evaluate(
@@ -157,7 +166,13 @@ def take_score(session: Session) -> None:
         if session.world.is_first:
             step = session.progress.step
             epoch = step * session.recipe.data.global_batch / session.samples
-            line = {"step": step, "epoch": epoch, "weights": kind, "r2": score["r2"], "cities": score["cities"]}
+            line = {
+                "step": step,
+                "epoch": epoch,
+                "weights": kind,
+                "r2": score["r2"],
+                "cities": score["cities"],
+            }
             session.log.write("validation", line)
     best = max(results, key=lambda kind: results[kind])
     session.set_score(results[best], best)
@@ -167,6 +182,8 @@ def take_score(session: Session) -> None:
 def save(session: Session, elapsed_s: float) -> None:
     """Write a checkpoint on rank 0 while the others wait, then remove what is too old."""
     if session.world.is_first:
-        checkpoint.save(session.recipe_path(), session.recipe, session.progress_at(elapsed_s), session.snapshot())
+        checkpoint.save(
+            session.recipe_path(), session.recipe, session.progress_at(elapsed_s), session.snapshot()
+        )
         checkpoint.prune(session.recipe_path(), session.recipe.checkpoint.keep)
     session.world.barrier()

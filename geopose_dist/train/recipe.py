@@ -37,7 +37,9 @@ class Length:
         """Steps of the run over `samples` tiles: ceil(epochs * N / G); None where the clock decides."""
         if self.unit == "minute":
             return None
-        return int(self.value) if self.unit == "step" else max(1, math.ceil(self.value * samples / global_batch))
+        return (
+            int(self.value) if self.unit == "step" else max(1, math.ceil(self.value * samples / global_batch))
+        )
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,8 @@ from geopose_dist.train.optim import AveragedWeights, make_optimizer
 from geopose_dist.train.recipe import Length, TrainRecipe
 from geopose_dist.train.step import Stepper
 
+ENDLESS_STEPS = 2**40
+"""Steps that the loader is ready for where the clock ends the run."""
 RUN_STATE = "state.json"
 """In the run folder: {"status": "running" | "preempted" | "done", "step": N}; launchers read it."""
 
@@ -173,7 +175,9 @@ def open_session(recipe: TrainRecipe, world: World) -> Session:
     torch.manual_seed(recipe.seed)
     net = GeoposeNet(recipe.model)
     source = start_weights(net, recipe, stored)
-    net.to(world.device, memory_format=torch.channels_last if recipe.channels_last else torch.contiguous_format)
+    net.to(world.device)
+    if recipe.channels_last:
+        net.to(memory_format=torch.channels_last)
     net.train()
     set_arithmetic(recipe.precision)
     optimizer = make_optimizer(recipe.optim, net, world.device)
@@ -196,11 +200,9 @@ def open_session(recipe: TrainRecipe, world: World) -> Session:
         seed=recipe.seed,
         rank=world.rank,
         world_size=world.size,
-        local_world_size=world.local_size,
         start_step=progress.step,
-        stop_step=total_steps,
+        stop_step=total_steps if total_steps is not None else ENDLESS_STEPS,
         transform=Augmenter(recipe.augment, recipe.data.crop_px),
-        device=world.device,
     )
     session = Session(
         recipe=recipe,

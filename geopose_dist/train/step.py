@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from geopose_dist.data.loader import OUTSIDE_CM, UNKNOWN_CM, Batch
+from geopose_dist.data.batch import OUTSIDE_CM, UNKNOWN_CM, Batch, to_device
 from geopose_dist.model import loss
 from geopose_dist.model.heads import Prediction
 from geopose_dist.model.loss import Targets
@@ -53,7 +53,9 @@ class Stepper:
         scaler: scales the loss under fp16; does nothing otherwise.
     """
 
-    def __init__(self, recipe: TrainRecipe, net: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> None:
+    def __init__(
+        self, recipe: TrainRecipe, net: nn.Module, optimizer: torch.optim.Optimizer, world: World
+    ) -> None:
         self.recipe, self.net, self.optimizer, self.world = recipe, net, optimizer, world
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "fp16")
         if recipe.compile != "off":
@@ -63,12 +65,13 @@ class Stepper:
         self._settle_buckets()
 
     def step(self, batches: Sequence[Batch], number: int, first_micro_batch: int) -> StepResult:
-        """Take optimiser step `number` with this rank's `batches`, on the device.
+        """Take optimiser step `number` with this rank's `batches`.
 
         `first_micro_batch` is the number of the first of them within the step; the next ones follow at
         distances of the world size. Numbers only key the dropout.
         """
         world = self.world
+        batches = [to_device(batch, world.device) for batch in batches]
         targets = [targets_of(batch) for batch in batches]
         sums = [loss.denominators(self.recipe.loss, target) for target in targets]
         total = world.sum(torch.stack([*sums, self._zero_sums()]).sum(dim=0))
@@ -79,7 +82,7 @@ class Stepper:
                 prediction = self._forward(batch.rgb, batch.gsd_m, target.inside)
                 numerators = loss.numerators(self.recipe.loss, prediction, target)
                 share, term_shares = loss.combine(self.recipe.loss, numerators, total)
-                self.scaler.scale(share * world.size).backward()
+                torch.autograd.backward(self.scaler.scale(share * world.size))
             losses, terms = losses + share.detach(), terms + term_shares
         if not batches:
             self._zero_weight_pass()
@@ -113,8 +116,8 @@ class Stepper:
         self.net.eval()
         try:
             prediction = self._forward(rgb, torch.full((1,), float("nan"), device=self.world.device), None)
-            share = sum(part.sum() for part in prediction if part is not None) * 0.0
-            self.scaler.scale(share).backward()  # type: ignore[arg-type]
+            sums = torch.stack([part.sum() for part in prediction if part is not None])
+            torch.autograd.backward(self.scaler.scale(sums.sum() * 0.0))
         finally:
             self.net.train()
 
@@ -139,7 +142,7 @@ class Stepper:
             flat = torch.cat([buffer.flatten() for buffer in self._buffers])
             dist.all_reduce(flat)
             flat /= self.world.size
-            parts = flat.split([buffer.numel() for buffer in self._buffers])
+            parts = torch.split(flat, [buffer.numel() for buffer in self._buffers])
             for buffer, part in zip(self._buffers, parts, strict=True):
                 buffer.copy_(part.view_as(buffer))
 
@@ -172,4 +175,6 @@ def targets_of(batch: Batch) -> Targets:
 
 def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
     """Seed torch so that dropout depends on the step and micro-batch alone, not on rank or restart."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, micro_batch]).generate_state(1, np.uint64)[0] >> 1))
+    torch.manual_seed(
+        int(np.random.SeedSequence([seed, step, micro_batch]).generate_state(1, np.uint64)[0] >> 1)
+    )

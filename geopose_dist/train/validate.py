@@ -70,7 +70,9 @@ def _predict(net: nn.Module, views: list[View], device: torch.device, precision:
     rows, columns = views[0].rgb.shape[:2]
     pad = ((0, 0), (0, -rows % 32), (0, -columns % 32), (0, 0))
     rgb = np.pad(np.stack([view.rgb for view in views]), pad, mode="symmetric").transpose(0, 3, 1, 2)
-    gsd_m = torch.tensor([np.nan if view.gsd_m is None else view.gsd_m for view in views], dtype=torch.float32)
+    gsd_m = torch.tensor(
+        [np.nan if view.gsd_m is None else view.gsd_m for view in views], dtype=torch.float32
+    )
     dtype = DTYPES[precision]
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
         prediction: Prediction = net(torch.from_numpy(np.ascontiguousarray(rgb)).to(device), gsd_m.to(device))

@@ -1,0 +1,188 @@
+"""The network: shapes, heads, pretrained weights, saving and loading."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from geopose_dist.errors import UserError
+from geopose_dist.model import heads, pretrained, weights
+from geopose_dist.model.recipe import ModelRecipe
+from geopose_dist.model.unet import GeoposeNet
+
+SMALL: dict[str, Any] = {"encoder": "tu-mobilenetv3_small_050", "decoder_channels": [16, 16, 8, 8, 8]}
+BENCHMARK: dict[str, Any] = {
+    "height": "linear", "magnitude": "separate", "direction": "pooled", "scale": "least_squares", "dropout": 0.5
+}  # fmt: skip
+UNKNOWN_GSD = torch.full((2,), math.nan)
+
+
+def small(**changes: Any) -> GeoposeNet:
+    torch.manual_seed(0)
+    return GeoposeNet(ModelRecipe(**{**SMALL, **changes}))
+
+
+@pytest.mark.parametrize("changes", [{}, BENCHMARK, {"decoder_norm": "groupnorm"}, {"decoder_norm": "none"}])
+def test_shapes_of_every_head(changes: dict[str, Any]) -> None:
+    net = small(**changes)
+    rgb = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
+    prediction = net(rgb, UNKNOWN_GSD)
+    assert prediction.agl_m.shape == prediction.magnitude_px.shape == (2, 1, 64, 96)
+    assert prediction.direction.shape == (2, 2)
+    assert prediction.scale_px_per_m.shape == (2,)
+    assert all(part.dtype == torch.float32 for part in prediction if part is not None)
+    if changes.get("decoder_norm") in ("groupnorm", "none"):
+        assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in net.unet.decoder.modules())
+
+
+def test_every_parameter_learns_so_that_ddp_never_waits() -> None:
+    for changes in ({}, BENCHMARK, {"gsd_input": True}):
+        net = small(**changes)
+        prediction = net(
+            torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8), torch.tensor([0.5, math.nan])
+        )
+        sum(part.square().sum() for part in prediction if part is not None).backward()  # type: ignore[union-attr]
+        assert [name for name, p in net.named_parameters() if p.grad is None] == []
+
+
+def test_untrained_heads_start_at_the_datas_means() -> None:
+    net = small(height_mean_m=6.5, scale_mean_px_per_m=0.31).eval()
+    torch.nn.init.zeros_(net.unet.segmentation_head[0].weight)
+    with torch.inference_mode():
+        prediction = net(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), UNKNOWN_GSD)
+    assert prediction.agl_m.mean().item() == pytest.approx(6.5, rel=1e-4)
+    assert prediction.scale_px_per_m.tolist() == pytest.approx([0.31, 0.31], rel=1e-4)
+
+
+def test_edge_weights_favour_steps_and_do_not_pass_gradients() -> None:
+    agl = torch.zeros(1, 1, 16, 16)
+    agl[..., 8:] = 10.0
+    agl.requires_grad_()
+    weight = heads.edge_weights(agl)
+    assert not weight.requires_grad
+    assert weight.sum().item() == pytest.approx(1.0, rel=1e-5)
+    assert weight[0, 0, :, 7].sum() > 0.8
+
+
+def test_gsd_input_tells_known_from_unknown() -> None:
+    net = small(gsd_input=True).eval()
+    torch.nn.init.ones_(net.scale.linear.weight)
+    with torch.inference_mode():
+        scale = net(
+            torch.zeros(2, 3, 64, 64, dtype=torch.uint8), torch.tensor([1.0, math.nan])
+        ).scale_px_per_m
+    assert torch.isfinite(scale).all()
+    assert scale[0] != scale[1]
+
+
+def test_unknown_encoder_offers_close_names() -> None:
+    with pytest.raises(UserError, match="resnet34"):
+        GeoposeNet(ModelRecipe(encoder="resnet43"))
+    with pytest.raises(UserError, match="tu-tf_efficientnet_lite0"):
+        GeoposeNet(ModelRecipe(encoder="tu-tf_efficientnet_lite00"))
+
+
+def test_package_weights_land_in_every_tensor_of_the_encoder() -> None:
+    pytest.importorskip(pretrained.PACKAGE, reason="the optional extra [pretrained] is not installed")
+    recipe = ModelRecipe(
+        encoder=pretrained.PACKAGE_ENCODER, weights="package", decoder_channels=[16, 16, 8, 8, 8]
+    )
+    net = GeoposeNet(recipe)
+    before = {name: value.clone() for name, value in net.unet.encoder.state_dict().items()}
+    assert "288 tensors" in pretrained.load_encoder(net)
+    after = net.unet.encoder.state_dict()
+    same = [name for name in before if torch.equal(before[name], after[name]) and "num_batches" not in name]
+    assert same == []
+    # ImageNet filters see edges and colours: the stem's filters differ far more from each other than random ones.
+    stem = after["model.conv_stem.weight"].flatten(1)
+    assert stem.abs().max() > 0.5
+
+
+def test_package_weights_of_another_encoder_are_refused() -> None:
+    with pytest.raises(UserError, match="tu-tf_efficientnet_lite0"):
+        pretrained.load_encoder(small(weights="package"))
+
+
+def test_local_encoder_weights_with_timm_names(tmp_path: Path) -> None:
+    donor = small()
+    state = {k.removeprefix("model."): v.contiguous() for k, v in donor.unet.encoder.state_dict().items()}
+    torch.save(state, tmp_path / "encoder.pth")
+    with torch.no_grad():
+        net = small(weights=str(tmp_path / "encoder.pth"))
+        for parameter in net.parameters():
+            parameter.zero_()
+    pretrained.load_encoder(net)
+    for name, value in donor.unet.encoder.state_dict().items():
+        assert torch.equal(value, net.unet.encoder.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("content", [b"", b"not weights at all", b"\x80\x04\x95"])
+def test_damaged_encoder_weights_are_one_sentence(tmp_path: Path, content: bytes) -> None:
+    for suffix in (".pth", ".safetensors"):
+        (tmp_path / f"bad{suffix}").write_bytes(content)
+        with pytest.raises(UserError, match=f"bad{suffix}"):
+            pretrained.load_encoder(small(weights=str(tmp_path / f"bad{suffix}")))
+    with pytest.raises(UserError, match="no such file"):
+        pretrained.load_encoder(small(weights=str(tmp_path / "absent.pth")))
+
+
+def test_pickles_that_could_run_code_are_refused(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"weight": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(UserError, match=r"evil\.pth"):
+        pretrained.load_encoder(small(weights=str(tmp_path / "evil.pth")))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_weights_come_back_with_their_recipe_and_facts(tmp_path: Path) -> None:
+    net = small(height_mean_m=5.0).eval()
+    weights.save_weights(tmp_path / "model.safetensors", net.state_dict(), net.recipe, {"reduction": 2})
+    again, facts = weights.load_net(tmp_path / "model.safetensors")
+    assert facts == {"reduction": 2}
+    assert again.recipe == net.recipe
+    assert not again.training
+    rgb = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    with torch.inference_mode():
+        for ours, theirs in zip(net(rgb, UNKNOWN_GSD), again(rgb, UNKNOWN_GSD), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def write_step(run: Path, step: int, r2: float | None, use: str = "raw") -> Path:
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    net = small()
+    weights.save_weights(folder / "model.safetensors", net.state_dict(), net.recipe, {"step": step})
+    weights.save_weights(folder / "ema.safetensors", net.state_dict(), net.recipe, {"step": step})
+    (folder / "state.json").write_text(json.dumps({"r2": r2, "use": use}))
+    return folder
+
+
+def test_run_folder_means_its_best_else_its_newest(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no checkpoint there"):
+        weights.find_checkpoint(tmp_path)
+    first = write_step(tmp_path, 10, None)
+    assert weights.find_checkpoint(tmp_path) == first / "model.safetensors"
+    second = write_step(tmp_path, 20, None)
+    assert weights.find_checkpoint(tmp_path) == second / "model.safetensors"
+    third = write_step(tmp_path, 30, 0.4, use="ema")
+    write_step(tmp_path, 40, 0.3)
+    write_step(tmp_path, 50, None)
+    assert weights.find_checkpoint(tmp_path) == third / "ema.safetensors"
+    (tmp_path / "checkpoints" / "step-00000060").mkdir()  # unfinished: no state.json
+    assert weights.find_checkpoint(tmp_path) == third / "ema.safetensors"
+    assert weights.find_checkpoint(second) == second / "model.safetensors"
+
+
+def test_damaged_checkpoints_are_one_sentence(tmp_path: Path) -> None:
+    file = write_step(tmp_path, 10, None) / "model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match="model.safetensors: cannot be read"):
+        weights.load_net(tmp_path)
