@@ -7,7 +7,7 @@ many operations it goes through. Colours are bilinear with weights of 1/128, hei
 over a roof's edge would invent surfaces. Outside the tile: fill colour, NaN, inside = 0.
 """
 
-from libc.math cimport NAN
+from libc.math cimport fabs
 
 from libc.stdint cimport int32_t, uint8_t
 
@@ -56,17 +56,23 @@ cdef extern from *:
         }
     }
 
-    /* The element nearest to each place of one output row, clipped to the tile; -1 outside. */
-    GP_CLONES static void gp_nearest(const gp_line *line, int n, int32_t *restrict at) {
-        const double last_y = line->last_y, last_x = line->last_x;
-        const double y0 = line->y0, x0 = line->x0, dy = line->dy, dx = line->dx;
-        const int cols = line->cols;
+    /* The shifts at the pixels nearest to the places of one output row, NaN outside; `at` and the weights
+       are work space. A row that is merely cut out is copied. */
+    static void gp_moved(const float *restrict shift, const gp_line *line, int n, int32_t *restrict at,
+                         int32_t *restrict wx, int32_t *restrict wy, float *restrict moved) {
+        if (line->dy == 0 && line->dx == 1 && line->y0 >= 0 && line->y0 <= line->last_y && line->x0 >= 0
+            && line->x0 + (n - 1) <= line->last_x && line->y0 == floor(line->y0) && line->x0 == floor(line->x0)) {
+            memcpy(moved, shift + (Py_ssize_t)line->y0 * line->cols + (Py_ssize_t)line->x0, n * sizeof(float));
+            return;
+        }
+        memset(moved, 0, n * sizeof(float));
+        gp_places(line, moved, 0, 0, n, at, wx, wy);
         for (int i = 0; i < n; i++) {
-            double y = y0 + dy * i, x = x0 + dx * i;
-            int in = (y >= -0.5) & (y < last_y + 0.5) & (x >= -0.5) & (x < last_x + 0.5);
-            y = y > 0 ? y : 0; y = y < last_y ? y : last_y;
-            x = x > 0 ? x : 0; x = x < last_x ? x : last_x;
-            at[i] = ((int)(y + 0.5) * cols + (int)(x + 0.5)) | -(1 - in);
+            int32_t outside = at[i] >> 31, bits;
+            int32_t from = (at[i] + ((wy[i] >> 22) != 0) * line->cols + ((wx[i] >> 22) != 0)) & ~outside;
+            memcpy(&bits, &shift[from], 4);
+            bits |= outside;
+            memcpy(&moved[i], &bits, 4);
         }
     }
 
@@ -147,7 +153,8 @@ cdef extern from *:
         int rows, cols
     void gp_places(const gp_line *line, const float *shift, double dir_y, double dir_x, int n,
                    int32_t *at, int32_t *wx, int32_t *wy) noexcept nogil
-    void gp_nearest(const gp_line *line, int n, int32_t *at) noexcept nogil
+    void gp_moved(const float *shift, const gp_line *line, int n, int32_t *at, int32_t *wx, int32_t *wy,
+                  float *moved) noexcept nogil
     void gp_colours(const uint8_t *rgb, const gp_line *line, int n, const int32_t *at, const int32_t *wx,
                     const int32_t *wy, const uint8_t *fill, uint8_t *out) noexcept nogil
     void gp_heights(const float *agl, const gp_line *line, int n, const int32_t *at, const int32_t *wx,
@@ -156,7 +163,7 @@ cdef extern from *:
 
 
 cdef enum:
-    BLOCK_COLS = 128  # also written as a number where a loop's step must be known to the compiler
+    BLOCK_COLS = 1024
 
 
 def gather(const uint8_t[:, :, ::1] rgb, const float[:, ::1] agl_m, bint has_agl,
@@ -168,7 +175,7 @@ def gather(const uint8_t[:, :, ::1] rgb, const float[:, ::1] agl_m, bint has_agl
     The tile has `rows` and `cols`, its arrays at least 2 of each (a single one is repeated). Returns the number
     of pixels outside. Output goes by strips of columns, so that the rows of a turned tile stay in the cache.
     """
-    cdef Py_ssize_t out_rows = out_rgb.shape[0], out_cols = out_rgb.shape[1], r, c, left, outside = 0
+    cdef Py_ssize_t out_rows = out_rgb.shape[0], out_cols = out_rgb.shape[1], r, c, left, outside = 0, strip = BLOCK_COLS
     cdef int n
     cdef int32_t at[BLOCK_COLS]
     cdef int32_t wx[BLOCK_COLS]
@@ -181,24 +188,27 @@ def gather(const uint8_t[:, :, ::1] rgb, const float[:, ::1] agl_m, bint has_agl
     line.last_x = cols - 1
     line.dy = matrix[1]
     line.dx = matrix[4]
+    # The wider a strip, the better the memory's prefetching; but a strip's slant through the tile must fit the cache.
+    if fabs(matrix[1]) * BLOCK_COLS > 64:
+        strip = 128
     with nogil:
         for c in range(BLOCK_COLS):
             moved[c] = 0.0
-        for left in range(0, out_cols, 128):
-            n = <int>(out_cols - left if out_cols - left < BLOCK_COLS else BLOCK_COLS)
+        left = 0
+        while left < out_cols:
+            n = <int>(out_cols - left if out_cols - left < strip else strip)
             for r in range(out_rows):
                 line.y0 = matrix[0] * r + matrix[1] * left + matrix[2]
                 line.x0 = matrix[3] * r + matrix[4] * left + matrix[5]
                 if raised:
-                    gp_nearest(&line, n, at)
-                    for c in range(n):
-                        moved[c] = (&shift[0, 0])[at[c]] if at[c] >= 0 else NAN
+                    gp_moved(&shift[0, 0], &line, n, at, wx, wy, moved)
                 gp_places(&line, moved, dir_y, dir_x, n, at, wx, wy)
                 gp_colours(&rgb[0, 0, 0], &line, n, at, wx, wy, &fill[0], &out_rgb[r, left, 0])
                 if has_agl:
                     gp_heights(&agl_m[0, 0], &line, n, at, wx, wy, moved, raised, <float>agl_per_shift,
                                &out_agl[r, left])
                 outside += gp_inside(at, n, &inside[r, left])
+            left = left + strip
     return outside
 
 
