@@ -1,0 +1,202 @@
+"""Tiles in, poses out: the networks and everything between pixels as read and pixels as written.
+
+A tile is reduced by the filter of packing, continued by reflection to the network's size multiple, cut into
+windows if it is large, predicted by every checkpoint under every symmetry, and averaged: heights by weighted
+mean, directions as unit vectors, scales by the mean of their logarithms. Heights then return to full size by
+the inverse of the reduction. A batch is always computed at its full size, so a tile's answer does not depend
+on how many neighbours it has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from geopose_dist import geometry
+from geopose_dist.data import resample
+from geopose_dist.data.sample import U8
+from geopose_dist.errors import UserError
+from geopose_dist.geometry import F32, F64
+from geopose_dist.infer import tiles
+from geopose_dist.infer.recipe import NetRecipe
+from geopose_dist.model.weights import load_net
+
+
+@dataclass(frozen=True)
+class TilePose:
+    """The answer for one tile.
+
+    Attributes:
+        agl_m: float32 [H, W] metres in 0 .. net.agl_max_m, at the size of the tile at full resolution.
+        scale_px_per_m: at full resolution, within the recipe's limits.
+        angle_rad: in [0, 2 pi).
+        clipped: pixels (of the reduced tile) whose height had to be clipped.
+        scale_limited: whether the scale was outside its limits.
+    """
+
+    agl_m: F32
+    scale_px_per_m: float
+    angle_rad: float
+    clipped: int
+    scale_limited: bool
+
+
+class Predictor:
+    """Networks on a device; `predict` is the whole of it."""
+
+    def __init__(
+        self,
+        checkpoints: Sequence[Path],
+        recipe: NetRecipe,
+        *,
+        batch: int,
+        device: str = "cpu",
+    ) -> None:
+        loaded = [load_net(Path(path)) for path in checkpoints]
+        self._setup(
+            [net for net, _ in loaded], [facts for _, facts in loaded], checkpoints, recipe, batch, device
+        )
+
+    @classmethod
+    def of_nets(
+        cls,
+        nets: Sequence[nn.Module],
+        facts: Sequence[dict[str, Any]],
+        recipe: NetRecipe,
+        *,
+        batch: int,
+        device: str = "cpu",
+    ) -> Predictor:
+        """A predictor of networks in memory, each with `size_multiple` and the forward of `GeoposeNet`."""
+        predictor = cls.__new__(cls)
+        predictor._setup(nets, facts, [f"network {i}" for i in range(len(nets))], recipe, batch, device)
+        return predictor
+
+    def _setup(
+        self,
+        nets: Sequence[nn.Module],
+        facts: Sequence[dict[str, Any]],
+        names: Sequence[object],
+        recipe: NetRecipe,
+        batch: int,
+        device: str,
+    ) -> None:
+        self.recipe, self.batch, self.device = recipe, batch, torch.device(device)
+        reductions = [int(fact.get("reduction", 1)) for fact in facts]
+        if len(set(reductions)) != 1:
+            told = ", ".join(f"{name}: {by}" for name, by in zip(names, reductions, strict=True))
+            raise UserError(
+                f"these checkpoints were trained at different reductions ({told}); predict them apart"
+            )
+        self.reduction = reductions[0]
+        self.nets = [net.eval().to(self.device) for net in nets]
+        self.size_multiple = math.lcm(*(int(net.size_multiple) for net in self.nets))  # type: ignore[arg-type]
+        self.gsd_known = [bool(fact.get("gsd_known", False)) for fact in facts]
+        self.weights = np.array(recipe.weights or [1.0] * len(self.nets))
+        self.weights = self.weights / self.weights.sum()
+
+    def predict(
+        self,
+        rgbs: Sequence[U8],
+        gsds_m: Sequence[float | None],
+        *,
+        slots: Sequence[int] | None = None,
+        reduced_by: int = 1,
+    ) -> list[TilePose | None]:
+        """Poses of up to `batch` tiles of one size; None where the network answered NaN or infinity.
+
+        Args:
+            rgbs: uint8 [H, W, 3] each, of one size.
+            gsds_m: ground metres per pixel of each, None if unknown.
+            slots: position of each in the batch; arithmetic libraries may round by position.
+            reduced_by: how far the tiles were reduced already (shards); answers are at full resolution.
+
+        Raises:
+            UserError: the tiles were reduced further than the network wants, or by no divisor of it.
+        """
+        if not rgbs or len(rgbs) != len(gsds_m) or len(rgbs) > self.batch or len({x.shape for x in rgbs}) > 1:
+            raise ValueError(
+                f"{len(rgbs)} tiles of sizes {[x.shape for x in rgbs]}; wanted 1 to {self.batch} alike"
+            )
+        if self.reduction % reduced_by:
+            raise UserError(
+                f"the tiles were reduced by {reduced_by}, the checkpoint wants {self.reduction}; predict the "
+                "original tiles, or pack with the checkpoint's reduction"
+            )
+        factor = self.reduction // reduced_by
+        rows, columns = rgbs[0].shape[:2]
+        small = [resample.reduce_rgb(resample.pad_rgb(rgb, factor), factor) for rgb in rgbs]
+        pixels = np.zeros((self.batch, 3, *small[0].shape[:2]), np.uint8)
+        places = list(range(len(rgbs)) if slots is None else slots)
+        pixels[places] = np.stack(small).transpose(0, 3, 1, 2)
+        gsds = np.full(self.batch, np.nan, np.float32)
+        gsds[places] = [math.nan if gsd is None else gsd * factor for gsd in gsds_m]
+        agl_m, vectors, log_scales = self._average(pixels, gsds)
+        size = rows * reduced_by, columns * reduced_by
+        return [self._finish(agl_m[i], vectors[i], float(np.exp(log_scales[i])), size) for i in places]
+
+    def _finish(self, agl_m: F32, vector: F64, scale: float, size: tuple[int, int]) -> TilePose | None:
+        if not (np.isfinite(agl_m).all() and np.isfinite(vector).all() and math.isfinite(scale)):
+            return None
+        recipe = self.recipe
+        clipped = int(((agl_m < 0) | (agl_m > recipe.agl_max_m)).sum())
+        full = resample.enlarge_agl(np.clip(agl_m, 0, np.float32(recipe.agl_max_m)), self.reduction, size)
+        full = np.clip(
+            full, 0, np.float32(recipe.agl_max_m)
+        )  # slopes may reach a little beyond at the border
+        wanted = scale * self.reduction
+        limited = min(max(wanted, recipe.scale_min_px_per_m), recipe.scale_max_px_per_m)
+        return TilePose(full, limited, geometry.angle_of(*map(float, vector)), clipped, limited != wanted)
+
+    def _average(self, pixels: U8, gsds_m: F32) -> tuple[F32, F64, F64]:
+        """Heights [B, H, W], direction vectors [B, 2] and log-scales [B] over checkpoints and symmetries."""
+        agl_m = np.zeros((len(pixels), *pixels.shape[2:]), np.float32)
+        vectors, log_scales = np.zeros((len(pixels), 2)), np.zeros(len(pixels))
+        ways = tiles.symmetries(self.recipe.tta)
+        for number, net in enumerate(self.nets):
+            share = float(self.weights[number]) / len(ways)
+            gsds = gsds_m if self.gsd_known[number] else np.full_like(gsds_m, np.nan)
+            for way in ways:
+                heights, xy, logs = self._whole(net, way.apply(pixels), gsds)
+                agl_m += np.float32(share) * way.undo(heights)
+                vectors += share * way.undo_direction(xy)
+                log_scales += share * logs
+        return agl_m, vectors, log_scales
+
+    def _whole(self, net: nn.Module, pixels: U8, gsds_m: F32) -> tuple[F32, F64, F64]:
+        """One network's answer for tiles [B, 3, H, W] of any size, by windows where they are large."""
+        count, size = len(pixels), pixels.shape[2:]
+        agl_m = np.zeros((count, *size), np.float32)
+        vectors, log_scales, area = np.zeros((count, 2)), np.zeros(count), 0.0
+        for window in tiles.windows((size[0], size[1]), self.recipe.window, self.recipe.overlap):
+            piece = pixels[:, :, window.rows, window.columns]
+            heights, xy, logs = self._network(net, piece, gsds_m)
+            agl_m[:, window.rows, window.columns] += window.weight * heights
+            share = float(window.weight.sum(dtype=np.float64))
+            area += share
+            vectors += share * xy
+            log_scales += share * logs
+        return agl_m, vectors / area, log_scales / area
+
+    def _network(self, net: nn.Module, pixels: U8, gsds_m: F32) -> tuple[F32, F64, F64]:
+        rows, columns = pixels.shape[2:]
+        padded = np.ascontiguousarray(tiles.pad_to_multiple(pixels, self.size_multiple))
+        with (
+            torch.inference_mode(),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"),
+        ):
+            answer = net(torch.from_numpy(padded).to(self.device), torch.from_numpy(gsds_m).to(self.device))
+        heights = answer.agl_m[:, 0, :rows, :columns].float().cpu().numpy()
+        xy = answer.direction.double().cpu().numpy()
+        # A vector of length 0 says nothing of the direction; a unit one each lets every answer count alike.
+        xy = xy / np.maximum(np.linalg.norm(xy, axis=1, keepdims=True), 1e-12)
+        scales = answer.scale_px_per_m.double().cpu().numpy()
+        least = self.recipe.scale_min_px_per_m / self.reduction * 1e-3  # logarithm of what is not positive
+        return heights, xy, np.log(np.maximum(scales, least))

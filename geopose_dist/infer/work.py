@@ -1,0 +1,191 @@
+"""What an actor does with one item of the work list: read, predict, write, and tell what happened.
+
+An item is a batch fixed by the sorted work list. Tiles keep their slot in it and the rest of a batch is
+padding, so an item that is tried again, whole or tile by tile, gives the same bytes. A tile that cannot be
+read is named in the report and the others go on. Items are worked on from two threads: one reads and
+decodes, or encodes and writes, while the network, which one thread at a time may use, is busy with the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from geopose_dist.data.manifest import open_split
+from geopose_dist.data.reader import Reader
+from geopose_dist.data.sample import U8
+from geopose_dist.errors import UserError
+from geopose_dist.infer import writer
+from geopose_dist.infer.recipe import NetRecipe
+from shards import layouts
+
+
+@dataclass(frozen=True)
+class TileSource:
+    """Where the pixels of a tile are: a file of a dataset, or a row of the index of the shards.
+
+    Attributes:
+        key: name of the tile.
+        tile: the file, or None for shards.
+        index: row of the split's index.
+    """
+
+    key: str
+    tile: layouts.Tile | None = None
+    index: int = -1
+
+
+@dataclass(frozen=True)
+class WorkItem:
+    """A batch of tiles, each in the slot of its position; None where another try has the tile."""
+
+    tiles: tuple[TileSource | None, ...]
+
+    def parts(self) -> list[WorkItem]:
+        """One item per tile, which keeps its slot."""
+        return [
+            WorkItem(tuple(tile if i == slot else None for i in range(len(self.tiles))))
+            for slot, tile in enumerate(self.tiles)
+            if tile is not None
+        ]
+
+    @property
+    def keys(self) -> list[str]:
+        """Names of the tiles."""
+        return [tile.key for tile in self.tiles if tile is not None]
+
+
+@dataclass
+class Report:
+    """What became of an item.
+
+    Attributes:
+        written: tiles written.
+        failures: (key, sentence) of tiles that were not.
+        clipped: pixels whose height had to be clipped.
+        limited: tiles whose scale had to be limited.
+    """
+
+    written: list[str] = field(default_factory=list)
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    clipped: int = 0
+    limited: int = 0
+
+
+@dataclass(frozen=True)
+class WorkSpec:
+    """Everything that an actor needs, small enough to send anywhere; calling it makes the worker.
+
+    Attributes:
+        checkpoints: weights files.
+        net: how a batch is predicted.
+        batch: tiles of a batch.
+        out: folder of the outputs.
+        unit: cm or m.
+        shards: folder of shards, or None.
+        split: split of the shards.
+        reduced_by: how far the source was reduced already.
+        device: cpu or cuda.
+        threads: of the arithmetic on CPU.
+    """
+
+    checkpoints: tuple[Path, ...]
+    net: NetRecipe
+    batch: int
+    out: Path
+    unit: str
+    shards: Path | None
+    split: str
+    reduced_by: int
+    device: str
+    threads: int
+
+    def __call__(self, gpu: int) -> Worker:
+        """The worker on the `gpu`-th GPU that this process sees, or on the CPU."""
+        return Worker(self, gpu)
+
+
+class Worker:
+    """An actor's state: networks, and the reader of the shards."""
+
+    def __init__(self, spec: WorkSpec, gpu: int) -> None:
+        import torch
+
+        from geopose_dist.infer.predictor import Predictor
+
+        self.spec = spec
+        self.reader = Reader(open_split(spec.shards, spec.split)) if spec.shards else None
+        self._network = ThreadPoolExecutor(1)
+        self._hands = ThreadPoolExecutor(spec.threads)  # for tiles; codecs let other threads run meanwhile
+        if spec.device == "cpu":
+            torch.set_num_threads(spec.threads)
+        device = "cpu" if spec.device == "cpu" else f"cuda:{gpu}"
+        self.predictor = Predictor(spec.checkpoints, spec.net, batch=spec.batch, device=device)
+
+    def __call__(self, item: WorkItem) -> Report:
+        """Predict the tiles of an item; a tile that cannot be read or predicted is told, not raised."""
+        report = Report()
+        pixels: dict[int, tuple[U8, float | None]] = {}
+        reading = [
+            (slot, tile, self._hands.submit(self._read, tile))
+            for slot, tile in enumerate(item.tiles)
+            if tile is not None
+        ]
+        for slot, tile, future in reading:
+            try:
+                pixels[slot] = future.result()
+            except UserError as error:
+                report.failures.append((tile.key, str(error)))
+        # Only like sizes go through the network together; each size keeps its tiles' slots.
+        for size in sorted({rgb.shape for rgb, _ in pixels.values()}):
+            chosen = {slot: both for slot, both in pixels.items() if both[0].shape == size}
+            self._predict(item, chosen, report)
+        return report
+
+    def _read(self, tile: TileSource) -> tuple[U8, float | None]:
+        if tile.tile is not None:
+            return layouts.load_rgb(tile.tile), tile.tile.gsd_m
+        assert self.reader is not None
+        view = self.reader.view(tile.index)
+        return view.rgb, view.gsd_m
+
+    def _predict(self, item: WorkItem, pixels: dict[int, tuple[U8, float | None]], report: Report) -> None:
+        slots = sorted(pixels)
+        rgbs, gsds = [pixels[slot][0] for slot in slots], [pixels[slot][1] for slot in slots]
+        poses = self._network.submit(
+            self.predictor.predict, rgbs, gsds, slots=slots, reduced_by=self.spec.reduced_by
+        ).result()
+        writing = []
+        for slot, pose in zip(slots, poses, strict=True):
+            tile = item.tiles[slot]
+            assert tile is not None
+            if pose is None:
+                report.failures.append(
+                    (tile.key, f"{tile.key}: the network answered NaN or infinity; is the checkpoint sound?")
+                )
+                continue
+            writing.append(
+                self._hands.submit(writer.write_pose, self.spec.out, tile.key, pose, self.spec.unit)
+            )
+            report.written.append(tile.key)
+            report.clipped += pose.clipped
+            report.limited += pose.scale_limited
+        for future in writing:
+            future.result()
+
+
+def fix_batches(tiles: list[TileSource], batch: int) -> list[WorkItem]:
+    """The work list: batches of the tiles sorted by key."""
+    ordered = sorted(tiles, key=lambda tile: tile.key)
+    return [WorkItem(tuple(ordered[i : i + batch])) for i in range(0, len(ordered), batch)]
+
+
+def facts_of(spec: WorkSpec) -> dict[str, object]:
+    """What of a specification changes outputs, as plain values."""
+    return {
+        "net": dataclasses.asdict(spec.net),
+        "unit": spec.unit,
+        "reduced_by": spec.reduced_by,
+    }
