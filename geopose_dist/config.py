@@ -78,12 +78,7 @@ def parse(recipe: type[Recipe], argv: Sequence[str], *, prog: str, description: 
 
     parser = parser_for(recipe, prog, description)
     try:
-        parsed = parser.parse_args(_normalised(argv, recipe))
-        parts = (
-            parser.instantiate(parsed)
-            if hasattr(parser, "instantiate")
-            else parser.instantiate_classes(parsed)
-        )
+        parts = _instantiated(parser, parser.parse_args(_normalised(argv, recipe)), recipe)
     except jsonargparse.ArgumentError as error:
         raise UserError(_one_sentence(error, prog, parser)) from error
     except UserError:
@@ -96,13 +91,16 @@ def parse(recipe: type[Recipe], argv: Sequence[str], *, prog: str, description: 
 def _instantiated(parser: ArgumentParser, parsed: Any, recipe: type[Any]) -> Any:
     """Parsed values with each nested recipe as an object (UserError for one value in a group's place)."""
     for field in dataclasses.fields(recipe):
-        value = parsed.get(field.name)
-        if isinstance(field.default_factory, type) and dataclasses.is_dataclass(field.default_factory):
-            if isinstance(value, str | int | float | list):
-                raise UserError(f"{field.name} is {value!r}; wanted its fields, one by one, below the name")
-    return (
-        parser.instantiate(parsed) if hasattr(parser, "instantiate") else parser.instantiate_classes(parsed)
-    )
+        value, group = parsed.get(field.name), _is_group(field)
+        if group and isinstance(value, str | int | float | list):
+            raise UserError(f"{field.name} is {value!r}; wanted its fields, one by one, below the name")
+    if hasattr(parser, "instantiate"):
+        return parser.instantiate(parsed)
+    return parser.instantiate_classes(parsed)  # jsonargparse before 4.50
+
+
+def _is_group(field: dataclasses.Field[Any]) -> bool:
+    return dataclasses.is_dataclass(field.default_factory)
 
 
 def _build(recipe: type[Recipe], parts: Any, where: str) -> Recipe:
@@ -210,12 +208,11 @@ def load_dict(recipe: type[Recipe], values: dict[str, Any], *, where: str) -> Re
 
     parser = parser_for(recipe, where, "")
     try:
-        parsed = parser.parse_object(values)
-        parts = (
-            parser.instantiate(parsed)
-            if hasattr(parser, "instantiate")
-            else parser.instantiate_classes(parsed)
-        )
+        parts = _instantiated(parser, parser.parse_object(values), recipe)
     except jsonargparse.ArgumentError as error:
         raise UserError(f"{where}: {_one_sentence(error, 'geopose', parser)}") from error
+    except UserError:
+        raise
+    except ValueError as error:  # what __post_init__ of a part found wrong
+        raise UserError(f"{where}: {error}") from error
     return _build(recipe, parts, where)
