@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import multiprocessing.connection
 import signal
 import sys
 import weakref
@@ -97,12 +98,13 @@ class TrainLoader:
     def _next(self) -> Batch:
         try:
             batch = next(self._iterator)
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
+        except (RuntimeError, OSError, EOFError) as error:  # batches come over sockets from the workers
+            cause = _death(self._iterator._workers) if self._workers else ""
+            if not cause:
                 raise
             raise LoaderFailure(
-                f"a loader worker died ({_cause(self._iterator, error)}); nothing of its batch was trained "
-                "on; run the same command again to go on, with fewer data.workers if memory was short"
+                f"a loader worker died ({cause}); nothing of its batch was trained on; run the same command "
+                "again to go on, with fewer data.workers if memory was short"
             ) from error
         if isinstance(batch, Failure):
             if batch.users:
@@ -247,9 +249,12 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def _cause(iterator: Any, error: Exception) -> str:
-    """What killed a worker, by its exit code."""
-    codes = [worker.exitcode for worker in iterator._workers if worker.exitcode]
-    if codes and codes[0] < 0:
-        return f"killed by {signal.Signals(-codes[0]).name}"
-    return f"exit code {codes[0]}" if codes else str(error)
+def _death(workers: list[Any]) -> str:
+    """What ended a worker, by its exit code; empty if all live. It is given a moment to show."""
+    multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=2)
+    for code in (worker.exitcode for worker in workers):
+        if code is not None and code < 0:
+            return f"killed by {signal.Signals(-code).name}"
+        if code:
+            return f"exit code {code}"
+    return ""
