@@ -130,13 +130,13 @@ def _reduce_blocks(blocks: F32, edged: Bools) -> F32:
     blocks, chosen = blocks[enough], known[enough]
     # Where unknown pixels keep two surfaces from touching, no step shows the edge; a gap in height does.
     gaps = np.nan_to_num(np.diff(np.sort(blocks, axis=1)))
-    hidden = np.greater(gaps.max(axis=1), EDGE_M) & ~chosen.all(axis=1)
+    hidden: Bools = np.greater(gaps.max(axis=1), EDGE_M) & ~np.all(chosen, axis=1)
     split = np.flatnonzero(edged[enough] | (hidden & (k > 4)))
     if split.size:
         chosen[split] &= _larger_surface(blocks[split])
     # Symmetric pairs: pixel j and pixel k-1-j are opposite about the centre.
-    paired = chosen & chosen[:, ::-1]
-    counted = np.where(paired.any(axis=1)[:, None], paired, chosen)
+    paired: Bools = chosen & chosen[:, ::-1]
+    counted = np.where(np.any(paired, axis=1, keepdims=True), paired, chosen)
     total = np.where(counted, blocks, 0).sum(axis=1, dtype=np.float64)
     result[enough] = total / counted.sum(axis=1)
     return result
@@ -145,7 +145,7 @@ def _reduce_blocks(blocks: F32, edged: Bools) -> F32:
 def _larger_surface(blocks: F32) -> Bools:
     """Members [N, k] of the largest group of each block, groups being parted by gaps above `EDGE_M`."""
     heights = np.sort(blocks, axis=1)  # NaN last: gaps to it are NaN, which part as well
-    joined = np.asarray(np.diff(heights, axis=1) <= EDGE_M)
+    joined: Bools = np.asarray(np.diff(heights, axis=1) <= EDGE_M)
     run = np.ones(len(blocks), dtype=np.intp)
     best = run.copy()
     top = np.zeros(len(blocks), dtype=np.intp)
@@ -156,7 +156,8 @@ def _larger_surface(blocks: F32) -> Bools:
         best, top = np.where(better, run, best), np.where(better, j, top)
     rows = np.arange(len(blocks))
     low, high = heights[rows, top - best + 1], heights[rows, top]
-    return np.greater_equal(blocks, low[:, None]) & np.less_equal(blocks, high[:, None])
+    inside: Bools = np.greater_equal(blocks, low[:, None]) & np.less_equal(blocks, high[:, None])
+    return inside
 
 
 def enlarge_agl(agl_m: F32, factor: int, size: tuple[int, int]) -> F32:
