@@ -46,13 +46,15 @@ class Frame:
     bend_m: float = 0.0
     wave_m: float = 400.0
     phase: float = 0.0
+    shift: tuple[float, float] = (0.0, 0.0)
+    """Where the frame's origin lies from the place's middle, so that no crossing is always in the picture's middle."""
 
     def world(self, x: float, y: float) -> tuple[float, float]:
         """World position of a point of the frame."""
         bx = x + self.bend_m * math.sin(2 * math.pi * y / self.wave_m + self.phase)
         by = y + self.bend_m * math.sin(2 * math.pi * x / (1.3 * self.wave_m) + 2 * self.phase)
         cos, sin = math.cos(self.turn_rad), math.sin(self.turn_rad)
-        return cos * bx - sin * by, sin * bx + cos * by
+        return cos * bx - sin * by + self.shift[0], sin * bx + cos * by + self.shift[1]
 
     def angle(self, x: float, y: float) -> float:
         """Direction of the frame's x axis at a point, in the world."""

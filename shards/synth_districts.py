@@ -25,7 +25,17 @@ from shards.synth_city import (
     Rgb,
     rectangle,
 )
-from shards.synth_streets import Box, Site, blocks, jittered, playing_field, pond, street_cars, street_trees, waterway
+from shards.synth_streets import (
+    Box,
+    Site,
+    blocks,
+    jittered,
+    playing_field,
+    pond,
+    street_cars,
+    street_trees,
+    waterway,
+)
 
 Generator = np.random.Generator
 
@@ -420,7 +430,17 @@ def oma_block(site: Site, box: Box, rng: Generator) -> None:
         site.car_park((x0 + 3, cy + 2, x1 - 3, y1 - 3), rng, float(rng.uniform(0.2, 0.8)))
         x, y = frame.world(cx, (y0 + cy) / 2)
         style = int(rng.choice([PUNCHED, RIBBON]))
-        flat_building(site, x, y, 0.40 * w, h * 0.15, turn, 3.4 * (int(rng.integers(2, 7)) + int(rng.exponential(1.2)) % 7), rng, style)
+        flat_building(
+            site,
+            x,
+            y,
+            0.40 * w,
+            h * 0.15,
+            turn,
+            3.4 * (int(rng.integers(2, 7)) + int(rng.exponential(1.2)) % 7),
+            rng,
+            style,
+        )
         street_trees(site, box, rng, 0.3, 6.5)
         street_cars(site, box, rng, 0.2)
     elif draw < 0.82:
@@ -469,8 +489,9 @@ def build(city: str, size: int, seed: int, place: int) -> Plan:
     rng = keyed(seed, place, 1)
     turn, phase = float(rng.uniform(-0.6, 0.6)), float(rng.uniform(0, 6.28))
     greenness = float(rng.uniform(0.15, 0.75))
+    shift = (float(rng.uniform(-70, 70)), float(rng.uniform(-50, 50)))
     plan = Plan(ground_reach_m(city, size, kind.tallest_m), kind.cell_m)
-    site = Site(plan, Frame(turn, kind.bend_m, phase=phase), rng, greenness)
+    site = Site(plan, Frame(turn, kind.bend_m, phase=phase, shift=shift), rng, greenness)
     river = int(rng.integers(-1, 2)) if rng.random() < kind.river else None
     for i, j, box in blocks(site, kind.pitch, kind.wobble, kind.wide):
         if j == river:

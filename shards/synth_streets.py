@@ -174,7 +174,7 @@ def blocks(
     Every `wide`-th street is an avenue. The ground starts as asphalt, so streets are what blocks leave over.
     """
     plan, rng = site.plan, site.rng
-    reach = plan.half_m * 1.45 + 2 * site.frame.bend_m
+    reach = plan.half_m * 1.45 + 2 * site.frame.bend_m + 90
     xs, ys = (street_positions(p, reach, wobble, rng) for p in pitch)
 
     def half(i: int) -> float:
@@ -265,10 +265,18 @@ def playing_field(site: Site, x: float, y: float, rng: np.random.Generator) -> N
     """A ball field, its infield of soil, or a marked pitch; (x, y) in the frame is its middle."""
     frame, turn = site.frame, site.frame.angle(x, y)
     if rng.random() < 0.5:
-        arc = [(x - 24 + 62 * math.cos(t), y - 24 + 62 * math.sin(t)) for t in np.linspace(0, math.pi / 2, 14)]
-        site.plan.paint([frame.world(x - 24, y - 24), *(frame.world(float(u), float(v)) for u, v in arc)], site.lawn)
-        arc = [(x - 24 + 27 * math.cos(t), y - 24 + 27 * math.sin(t)) for t in np.linspace(0, math.pi / 2, 10)]
-        site.plan.paint([frame.world(x - 24, y - 24), *(frame.world(float(u), float(v)) for u, v in arc)], site.soil)
+        arc = [
+            (x - 24 + 62 * math.cos(t), y - 24 + 62 * math.sin(t)) for t in np.linspace(0, math.pi / 2, 14)
+        ]
+        site.plan.paint(
+            [frame.world(x - 24, y - 24), *(frame.world(float(u), float(v)) for u, v in arc)], site.lawn
+        )
+        arc = [
+            (x - 24 + 27 * math.cos(t), y - 24 + 27 * math.sin(t)) for t in np.linspace(0, math.pi / 2, 10)
+        ]
+        site.plan.paint(
+            [frame.world(x - 24, y - 24), *(frame.world(float(u), float(v)) for u, v in arc)], site.soil
+        )
         site.plan.paint(rectangle(*frame.world(x - 15, y - 15), 8, 8, turn), site.lawn)
         return
     site.plan.paint(rectangle(*frame.world(x, y), 30.0, 21.0, turn), site.lawn)
@@ -277,4 +285,14 @@ def playing_field(site: Site, x: float, y: float, rng: np.random.Generator) -> N
     site.plan.line([frame.world(x, y - 19), frame.world(x, y + 19)], site.paint, 0.15)
 
 
-__all__ = ["Box", "Site", "blocks", "jittered", "playing_field", "pond", "street_cars", "street_trees", "waterway"]
+__all__ = [
+    "Box",
+    "Site",
+    "blocks",
+    "jittered",
+    "playing_field",
+    "pond",
+    "street_cars",
+    "street_trees",
+    "waterway",
+]

@@ -14,6 +14,8 @@ cdef enum:
     COARSE = 6  # blocks of 64 x 64 cells
     TOP = 0
     WALL = 1
+    SUNNY = 1
+    FACADE = 2
 
 # Columns of the object table; render.py names them for Python.
 cdef enum:
@@ -58,6 +60,8 @@ cdef struct View:
     double row_0
     double rise_col
     double rise_row
+    double per_col  # metres of height per cell, 0 where the line of sight does not move that way
+    double per_row
 
 cdef struct Light:
     float sun_x
@@ -78,17 +82,17 @@ cdef struct Hit:
     int kind
 
 
-cdef inline double crossing(double origin, double per_metre, Py_ssize_t low, Py_ssize_t size, double missing) noexcept nogil:
-    """Height at which a falling ray (position origin + h * per_metre) leaves [low, low + size)."""
-    if per_metre > 0:
-        return (low - origin) / per_metre
-    if per_metre < 0:
-        return (low + size - origin) / per_metre
-    return missing
+cdef inline double crossing(double origin, double per_cell, Py_ssize_t low, Py_ssize_t size) noexcept nogil:
+    """Height at which a falling ray at column or row `origin` + h / per_cell leaves [low, low + size); -1: never."""
+    if per_cell > 0:
+        return (low - origin) * per_cell
+    if per_cell < 0:
+        return (low + size - origin) * per_cell
+    return -1
 
 
 cdef inline Py_ssize_t clamp(double value, Py_ssize_t low, Py_ssize_t high) noexcept nogil:
-    cdef Py_ssize_t whole = <Py_ssize_t>floor(value)
+    cdef Py_ssize_t whole = <Py_ssize_t>value  # truncation: what it does below 0, low mends
     if whole < low:
         return low
     if whole > high:
@@ -137,8 +141,8 @@ cdef Hit look(Scene* s, View* v, double x, double y) noexcept nogil:
                     break
         low_row = (row >> shift) << shift
         low_col = (col >> shift) << shift
-        leave_col = crossing(col0, v.rise_col, low_col, 1 << shift, -1.0)
-        leave_row = crossing(row0, v.rise_row, low_row, 1 << shift, -1.0)
+        leave_col = crossing(col0, v.per_col, low_col, 1 << shift)
+        leave_row = crossing(row0, v.per_row, low_row, 1 << shift)
         below = leave_col if leave_col > leave_row else leave_row
         if below < block:
             below = block
@@ -169,6 +173,8 @@ cdef bint sunlit(Scene* s, double col0, double row0, double h0, double run_col, 
     cdef Py_ssize_t row = <Py_ssize_t>floor(row0)
     cdef double h = h0
     cdef double leave_col, leave_row
+    cdef double per_col = 1 / run_col if run_col != 0 else 0
+    cdef double per_row = 1 / run_row if run_row != 0 else 0
     cdef Py_ssize_t low_row, low_col, shift, size
     cdef bint first = True
     while 0 <= col < s.cols and 0 <= row < s.rows and h < s.top:
@@ -190,13 +196,13 @@ cdef bint sunlit(Scene* s, double col0, double row0, double h0, double run_col, 
         leave_col = 1e30
         leave_row = 1e30
         if run_col > 0:
-            leave_col = h0 + (low_col + size - col0) / run_col
+            leave_col = h0 + (low_col + size - col0) * per_col
         elif run_col < 0:
-            leave_col = h0 + (low_col - col0) / run_col
+            leave_col = h0 + (low_col - col0) * per_col
         if run_row > 0:
-            leave_row = h0 + (low_row + size - row0) / run_row
+            leave_row = h0 + (low_row + size - row0) * per_row
         elif run_row < 0:
-            leave_row = h0 + (low_row - row0) / run_row
+            leave_row = h0 + (low_row - row0) * per_row
         if leave_col < leave_row:
             if leave_col > h:
                 h = leave_col
@@ -252,17 +258,19 @@ cdef inline float grain(Scene* s, Py_ssize_t row, Py_ssize_t col) noexcept nogil
 
 cdef inline float cloud(Scene* s, float row, float col) noexcept nogil:
     """The texture between its points: for patches that are larger than a cell."""
-    cdef float fr = row - <float>floor(row)
-    cdef float fc = col - <float>floor(col)
-    cdef Py_ssize_t r = <Py_ssize_t>floor(row)
-    cdef Py_ssize_t c = <Py_ssize_t>floor(col)
+    cdef Py_ssize_t r = <Py_ssize_t>row
+    cdef Py_ssize_t c = <Py_ssize_t>col
+    cdef float fr = row - r
+    cdef float fc = col - c
     cdef float above = (1 - fc) * grain(s, r, c) + fc * grain(s, r, c + 1)
     cdef float under = (1 - fc) * grain(s, r + 1, c) + fc * grain(s, r + 1, c + 1)
     return (1 - fr) * above + fr * under
 
 
-cdef bint shade(Scene* s, Light* light, Hit* hit, uint32_t salt, float across, float along_sun, float* rgb) noexcept nogil:
-    """Linear radiance of what a ray met: material, texture, sun with cast shadow, sky light; whether the sun shines.
+cdef int shade(Scene* s, Light* light, Hit* hit, uint32_t salt, float across, float along_sun, float* rgb) noexcept nogil:
+    """Linear radiance of what a ray met: material, texture, sun with cast shadow, sky light.
+
+    Returns SUNNY if the sun shines there, plus FACADE if it is the wall of a building.
 
     The sun is a disc: (across, along_sun), each within -.5 .. .5, is the point of it that this ray asks.
     """
@@ -300,7 +308,7 @@ cdef bint shade(Scene* s, Light* light, Hit* hit, uint32_t salt, float across, f
             + 0.7 * cloud(s, hit.row * <float>0.0123 + 91, hit.col * <float>0.0123 + 37))
         if o[RIB] > 0:  # courses of tiles, seams of sheet metal, rows of stalls
             along = (hit.at_col * o[SINE] - hit.at_row * o[COSINE]) * s.cell / o[RIB]
-            along = along - <float>floor(along)
+            along = along - <Py_ssize_t>along + (1 if along < 0 else 0)
             texture *= 0.90 + 0.2 * along
         if leafy and here - hit.agl > 0.6:  # seen from the side, a crown darkens downwards
             dim = 1 - 0.09 * (here - hit.agl)
@@ -312,7 +320,7 @@ cdef bint shade(Scene* s, Light* light, Hit* hit, uint32_t salt, float across, f
             texture = 0.25
         for k in range(3):
             rgb[k] = o[base + k] * gain[k] * texture * (lit * light.sun[k] + open_sky * light.sky[k])
-        return lit > 0
+        return SUNNY if lit > 0 else 0
     # A wall. Its plane follows the building's own axes; of the two that face the viewer, the exposed one.
     nx = o[COSINE]
     ny = o[SINE]
@@ -335,8 +343,8 @@ cdef bint shade(Scene* s, Light* light, Hit* hit, uint32_t salt, float across, f
     along = (-hit.at_col * ny + hit.at_row * nx) * s.cell / o[BAY] + 40000
     storey = hit.agl / o[FLOOR]
     code = mix(<uint32_t>thing * 7919 + <uint32_t>along * 31 + <uint32_t>storey)
-    part = along - <float>floor(along)
-    climb = storey - <float>floor(storey)
+    part = along - <Py_ssize_t>along  # the 40000 keeps it positive
+    climb = storey - <Py_ssize_t>storey
     window = False
     if o[STYLE] == 1:    # punched windows
         window = 0.22 < part < 0.78 and 0.3 < climb < 0.85
@@ -354,7 +362,7 @@ cdef bint shade(Scene* s, Light* light, Hit* hit, uint32_t salt, float across, f
             rgb[k] = o[GLASS] * (0.16 + 0.05 * k + 0.12 * unit(code)) * (0.25 * lit * light.sun[k] + 2.2 * open_sky * light.sky[k])
         else:
             rgb[k] = o[WALL_RED + k] * texture * (lit * light.sun[k] + open_sky * light.sky[k] + 0.06 * light.sun[k] * light.sun_z)
-    return lit > 0
+    return FACADE + (SUNNY if lit > 0 else 0)
 
 
 cdef void fill_scene(Scene* s, const float[:, ::1] height, const float[:, ::1] fine, const float[:, ::1] coarse,
@@ -379,6 +387,8 @@ cdef void fill_view(View* v, const double[::1] camera) noexcept nogil:
     v.row_0 = camera[5]
     v.rise_col = camera[6]
     v.rise_row = camera[7]
+    v.per_col = 1 / v.rise_col if v.rise_col != 0 else 0
+    v.per_row = 1 / v.rise_row if v.rise_row != 0 else 0
 
 
 def trace(const float[:, ::1] height, const float[:, ::1] fine, const float[:, ::1] coarse, float top,
@@ -417,7 +427,7 @@ def render(const float[:, ::1] height, const float[:, ::1] fine, const float[:, 
            const float[:, ::1] noise, const double[::1] camera, const float[::1] light_in,
            float[:, :, ::1] rgb, float[:, ::1] agl, float[:, ::1] row, float[:, ::1] col,
            int32_t[:, ::1] seen, uint8_t[:, ::1] kind, uint8_t[:, ::1] lit):
-    """As `trace`, with the linear radiance and the object seen; edges of things and shadows, and walls, are averaged over four rays."""
+    """As `trace`, with the linear radiance and the object seen; edges of things and shadows, and walls, are averaged over three rays."""
     cdef Scene s
     cdef View v
     cdef Light light
@@ -428,6 +438,7 @@ def render(const float[:, ::1] height, const float[:, ::1] fine, const float[:, 
     cdef float part[3]
     cdef float total[3]
     cdef bint edge
+    cdef double offset
     cdef uint32_t salt
     with nogil:
         fill_scene(&s, height, fine, coarse, cell, top)
@@ -460,7 +471,7 @@ def render(const float[:, ::1] height, const float[:, ::1] fine, const float[:, 
                 lit[y, x] = shade(&s, &light, &hit, salt, unit(salt) - <float>0.5, unit(salt + 1) - <float>0.5, &rgb[y, x, 0])
         for y in range(rows):
             for x in range(cols):
-                edge = kind[y, x] == WALL
+                edge = lit[y, x] & FACADE
                 if x > 0 and (seen[y, x] != seen[y, x - 1] or fabsf(agl[y, x] - agl[y, x - 1]) > 1):
                     edge = True
                 elif y > 0 and (seen[y, x] != seen[y - 1, x] or fabsf(agl[y, x] - agl[y - 1, x]) > 1):
@@ -473,13 +484,18 @@ def render(const float[:, ::1] height, const float[:, ::1] fine, const float[:, 
                     edge = True
                 if not edge:
                     continue
+                # With the middle, three rays; the diagonal alternates, so that neighbours fill each other's gaps.
                 for k in range(3):
-                    total[k] = 0
-                for j in range(4):
-                    salt = mix(<uint32_t>(y * 65537 + x)) + 40503 * <uint32_t>(j + 1)
-                    hit = look(&s, &v, x - 0.25 + 0.5 * (j & 1), y - 0.25 + 0.5 * (j >> 1))
-                    shade(&s, &light, &hit, salt, 0.5 * (unit(salt) - (j & 1)), 0.5 * (unit(salt + 1) - (j >> 1)), &part[0])
+                    total[k] = rgb[y, x, k]
+                salt = mix(<uint32_t>(y * 65537 + x))
+                for j in range(2):
+                    offset = 0.3 if j else -0.3
+                    hit = look(&s, &v, x + offset, y + (offset if (x + y) & 1 else -offset))
+                    shade(&s, &light, &hit, salt, 0.5 * (unit(salt) - j), 0.5 * (unit(salt + 1) - j), &part[0])
                     for k in range(3):
                         total[k] += part[k]
                 for k in range(3):
-                    rgb[y, x, k] = 0.25 * total[k]
+                    rgb[y, x, k] = total[k] * <float>(1.0 / 3.0)
+        for y in range(rows):
+            for x in range(cols):
+                lit[y, x] &= SUNNY
