@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ from geopose_dist.geometry import F32, direction
 
 U8 = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
-Array = TypeVar("Array", bound=npt.NDArray[Any])
+T = TypeVar("T", bound=np.generic)
 
 BLOCK = 16
 """Side of the blocks whose tallest surface tells lines of sight what to skip."""
@@ -212,12 +212,10 @@ def gather(
     return out_rgb, out_agl if agl_m is not None else None, inside.view(np.bool_) if outside else None
 
 
-def _at_least_2(array: Array) -> Array:
+def _at_least_2(array: npt.NDArray[T]) -> npt.NDArray[T]:
     """The array with a single row or column repeated: bilinear reading has two of each."""
-    for axis in (0, 1):
-        if array.shape[axis] == 1:
-            array = np.repeat(array, 2, axis)
-    return array
+    rows, cols = np.maximum(2 // np.array(array.shape[:2]), 1)
+    return array if rows == cols == 1 else array.repeat(rows, 0).repeat(cols, 1)
 
 
 def tone(rgb: U8, table: U8, noise: npt.NDArray[np.int8] | None = None, random: U8 | None = None) -> U8:
