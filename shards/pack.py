@@ -159,13 +159,17 @@ def _pack(recipe: PackRecipe) -> None:
         if not found:
             break
     if not good:
-        raise FoundProblems(f"{recipe.source}: no tile can be packed:", bad.values())
+        raise FoundProblems(f"{recipe.source}: no tile can be packed:", _by_key(bad))
     if _finish(recipe, state, shards) and bad:
         raise FinishedWithFailures(
             "\n  ".join(
-                [f"packed {len(good)} tiles into {recipe.out}; {len(bad)} were left out:", *bad.values()]
+                [f"packed {len(good)} tiles into {recipe.out}; {len(bad)} were left out:", *_by_key(bad)]
             )
         )
+
+
+def _by_key(bad: dict[str, str]) -> list[str]:
+    return [bad[key] for key in sorted(bad)]
 
 
 def _refuse_too_many(recipe: PackRecipe, faults: list[str], bad: dict[str, str]) -> None:
@@ -173,7 +177,7 @@ def _refuse_too_many(recipe: PackRecipe, faults: list[str], bad: dict[str, str])
         hint = "" if faults else f", or leave them out with --skip-damaged {len(bad)}"
         raise FoundProblems(
             f"{recipe.source}: {len(faults) + len(bad)} problems, nothing is packed; mend or remove{hint}:",
-            [*faults, *bad.values()],
+            [*faults, *_by_key(bad)],
         )
 
 
