@@ -2,7 +2,7 @@
 # The whole story in one file: synthetic cities -> leak-free split -> shards -> training -> prediction -> score -> page.
 # Every stage skips what is whole, so an interrupted run goes on where it stopped. `make demo` calls this.
 #
-#   OUT=demo  PLACES=16 VIEWS=6 SIZE=512 SEED=0   what is rendered: places over four cities, views of each, pixels
+#   OUT=demo  PLACES=32 VIEWS=3 SIZE=512 SEED=0   what is rendered: places over four cities, views of each, pixels
 #   CONFIG=demo  STEPS=   the training recipe, and its length in steps where the recipe's own is not wanted
 #   RANKS=  WORKERS=2     training processes (all GPUs, or 2 without one) and prediction workers
 set -euo pipefail
@@ -22,7 +22,7 @@ stage() {
 }
 
 # 1. Cities that never were, in the challenge's own layout. Every place is seen from several directions.
-stage "render ${PLACES:=16} places in ${VIEWS:=6} views each"
+stage "render ${PLACES:=32} places in ${VIEWS:=3} views each"
 geopose synth --out "$OUT/data" --places "$PLACES" --views "$VIEWS" --size "${SIZE:-512}" --seed "${SEED:-0}"
 
 # 2. Validation places are places that training never sees: a random split of tiles would leak.
