@@ -63,7 +63,7 @@ def settle(const uint8_t[:, :, ::1] rgb, const float[:, ::1] agl_m, const int32_
                             continue
                         ha = agl_m[a // cols, a % cols]
                         hb = agl_m[b // cols, b % cols]
-                        w = b if hb < ha else a
+                        w = b if isfinite(ha) and isfinite(hb) and hb < ha else a
                         break
                 if w < 0:
                     out_agl[y, x] = NAN
