@@ -182,6 +182,7 @@ class Dispatch:
 def _last_line(error: BaseException) -> str:
     """What an exception says, without the remote traceback that Ray puts before it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if type(error).__name__.startswith("RayTaskError"):
-        return lines[-1] if lines else type(error).__name__
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    remote = type(error).__name__.startswith("RayTaskError") or "creation task" in lines[0]
+    return lines[-1] if remote else lines[0]

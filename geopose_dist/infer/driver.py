@@ -207,7 +207,7 @@ def _only_driver(out: Path) -> Iterator[None]:
     """Keep a second driver out of the folder, and remove what killed actors left half-written."""
     folder = out / BOOKKEEPING
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
+    with (folder / "lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -236,7 +236,7 @@ def _check_same_maker(recipe: PredictRecipe, spec: WorkSpec) -> None:
                 f"--out {recipe.out}: predictions there have other {' and '.join(differ)}; give "
                 "another folder, or --overwrite true to predict them again"
             )
-    files.write_bytes(path, (json.dumps(maker, indent=1, sort_keys=True) + "\n").encode())
+    _write_if_new(path, (json.dumps(maker, indent=1, sort_keys=True) + "\n").encode())
 
 
 def _sha256(path: Path) -> str:
@@ -246,7 +246,13 @@ def _sha256(path: Path) -> str:
 
 def _write_failures(out: Path, outcome: Outcome) -> None:
     lines = [json.dumps({"key": key, "problem": sentence}) for key, sentence in sorted(outcome.failures)]
-    files.write_bytes(out / BOOKKEEPING / "failures.jsonl", "".join(line + "\n" for line in lines).encode())
+    _write_if_new(out / BOOKKEEPING / "failures.jsonl", "".join(line + "\n" for line in lines).encode())
+
+
+def _write_if_new(path: Path, data: bytes) -> None:
+    """A finished run that is started again touches nothing."""
+    if not path.is_file() or path.read_bytes() != data:
+        files.write_bytes(path, data)
 
 
 def _tell(recipe: PredictRecipe, outcome: Outcome) -> None:

@@ -1,0 +1,61 @@
+"""The scheduler alone, over workers that raise, die and hang: who suffers, and who does not."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from moody_workers import CannotStart, Moody, Sleepy
+
+from geopose_dist.infer import dispatch as dispatch_module
+from geopose_dist.infer.dispatch import Dispatch, SetAside
+from geopose_dist.pool import Actors
+
+
+def run(
+    kind: str, make: Any, items: list[Any], *, count: int = 2, timeout_s: float = 60
+) -> list[tuple[Any, Any]]:
+    with Actors(kind, cpus=2, use_gpus=False) as actors:
+        work = Dispatch(
+            actors,
+            make,
+            count=count,
+            cpus=1,
+            gpus=0,
+            attempts=2,
+            timeout_s=timeout_s,
+            split=lambda item: [[part] for part in item],
+        )
+        return list(work.results(items))
+
+
+@pytest.mark.parametrize("kind", ["process", pytest.param("ray", marks=pytest.mark.slow)])
+def test_poison_is_set_aside_and_nobody_else_suffers(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # Ray's processes must find moody_workers
+    items = [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]
+    answers = {str(item): answer for item, answer in run(kind, Moody(tmp_path), items)}
+    aside = {key: answer for key, answer in answers.items() if isinstance(answer, SetAside)}
+    assert sorted(aside) == ["[3]", "[5]"]
+    assert "actor died" in aside["[3]"].reason
+    assert "five is not liked" in aside["[5]"].reason
+    good = {key: answer for key, answer in answers.items() if key not in aside}
+    assert good == {
+        "[0, 1]": [0, 2], "[2]": [4], "[4]": [8], "[6, 7]": [12, 14], "[8, 9]": [16, 18], "[10, 11]": [20, 22],
+    }  # fmt: skip
+
+
+def test_work_that_always_fails_stops_instead_of_trying_everything(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="failures in a row, the last: ValueError: five"):
+        run("inline", Moody(tmp_path), [[5]] * 100)
+
+
+def test_actors_that_cannot_start_say_why() -> None:
+    with pytest.raises(RuntimeError, match="could not start: no network here"):
+        run("process", CannotStart(), [[1]], count=1)
+
+
+def test_an_actor_that_never_answers_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch_module, "IN_FLIGHT", 1)
+    answers = run("process", Sleepy(tmp_path), [0, 1, 2], count=1, timeout_s=2)
+    assert sorted(answer for _, answer in answers) == [0, 1, 2]

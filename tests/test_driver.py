@@ -1,0 +1,286 @@
+"""The predict job end to end: any source, any dispatch, killed in the middle, poisoned, run again."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+
+from geopose_dist import cli
+from geopose_dist.errors import UserError
+from geopose_dist.infer.driver import find_source
+from geopose_dist.infer.recipe import PredictRecipe
+from geopose_dist.infer.work import TileSource, WorkItem, fix_batches
+from geopose_dist.model.recipe import ModelRecipe
+from geopose_dist.model.unet import GeoposeNet
+from geopose_dist.model.weights import save_weights
+
+REAL = Path(__file__).parents[1] / ".." / "shared" / "real"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network with random weights: its answers mean nothing, but are the same every time."""
+    recipe = ModelRecipe(encoder="tu-mobilenetv3_small_050", decoder_channels=[16, 16, 8, 8, 8])
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("net") / "model.safetensors"
+    save_weights(path, GeoposeNet(recipe).state_dict(), recipe, {"reduction": 2, "gsd_known": False})
+    return path
+
+
+@pytest.fixture
+def tiles(tmp_path: Path) -> Path:
+    """Seven small tiles of two sizes in a plain folder."""
+    folder = tmp_path / "tiles"
+    write_tiles(folder, 7)
+    return folder
+
+
+def write_tiles(folder: Path, count: int) -> None:
+    folder.mkdir()
+    rng = np.random.default_rng(5)
+    for i in range(count):
+        size = (96, 130) if i == 3 else (128, 128)
+        tifffile.imwrite(
+            folder / f"JAX_tile{i:02}_RGB.tif", rng.integers(0, 256, (*size, 3)).astype(np.uint8)
+        )
+
+
+def predict(source: Path, checkpoint: Path, out: Path, *options: str) -> int:
+    words = ["--source", str(source), "--checkpoint", str(checkpoint), "--out", str(out), "--batch", "2"]
+    words += ["--device", "cpu", "--threads", "1", *options]
+    return cli.main(["predict", *words])
+
+
+def outputs(folder: Path) -> dict[str, bytes]:
+    return {
+        path.name: path.read_bytes() for path in sorted(folder.iterdir()) if not path.name.startswith(".")
+    }
+
+
+def test_a_folder_becomes_challenge_files_and_a_second_run_does_nothing(
+    tiles: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert predict(tiles, checkpoint, out, "--dispatch", "inline") == 0
+    assert "7 of 7 tiles predicted" in capsys.readouterr().out
+    assert len(outputs(out)) == 14
+    heights = tifffile.imread(out / "JAX_tile03_AGL.tif")
+    assert heights.dtype == np.uint16
+    assert heights.shape == (96, 130)
+    assert heights.max() < 65535
+    pose = json.loads((out / "JAX_tile03_VFLOW.json").read_text())
+    assert 0 <= pose["angle"] < 2 * np.pi
+    assert 0 < pose["scale"] <= 0.03
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert predict(tiles, checkpoint, out, "--dispatch", "inline") == 0
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_a_damaged_output_and_a_missing_one_are_made_again(
+    tiles: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    predict(tiles, checkpoint, out, "--dispatch", "inline")
+    whole = outputs(out)
+    (out / "JAX_tile00_VFLOW.json").unlink()
+    (out / "JAX_tile05_AGL.tif").write_bytes(whole["JAX_tile05_AGL.tif"][:-500])
+    (out / ".JAX_tile06_AGL.tif.123.tmp").write_bytes(b"left by a killed actor")
+    assert predict(tiles, checkpoint, out, "--dispatch", "inline") == 0
+    assert outputs(out) == whole
+    assert not list(out.glob(".*.tmp"))
+
+
+def test_unreadable_tiles_among_good_ones_are_named_and_the_rest_is_written(
+    tiles: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    undisturbed = tmp_path / "undisturbed"
+    predict(tiles, checkpoint, undisturbed, "--dispatch", "inline")
+    (tiles / "JAX_tile02_RGB.tif").unlink()
+    (tiles / "JAX_tile02_RGB.j2k").write_bytes(b"\xff\x4f\xff\x51 and then nothing")
+    out = tmp_path / "out"
+    assert predict(tiles, checkpoint, out, "--dispatch", "inline") == 1
+    assert "JAX_tile02_RGB.j2k" in capsys.readouterr().err
+    rest = {name: data for name, data in outputs(undisturbed).items() if "tile02" not in name}
+    assert outputs(out) == rest
+    (told,) = (out / ".geopose-predict" / "failures.jsonl").read_text().splitlines()
+    assert json.loads(told)["key"] == "JAX_tile02"
+
+
+def test_another_checkpoint_does_not_go_on_in_a_finished_folder(
+    tiles: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    predict(tiles, checkpoint, out, "--dispatch", "inline", "--limit", "2")
+    assert len(outputs(out)) == 4
+    assert predict(tiles, checkpoint, out, "--dispatch", "inline", "--net.tta", "flips") == 2
+    assert "predictions there have other net" in capsys.readouterr().err
+    assert (
+        predict(tiles, checkpoint, out, "--dispatch", "inline", "--net.tta", "flips", "--overwrite", "true")
+        == 0
+    )
+
+
+def test_metres_on_request(tiles: Path, checkpoint: Path, tmp_path: Path) -> None:
+    cm, m = tmp_path / "cm", tmp_path / "m"
+    predict(tiles, checkpoint, cm, "--dispatch", "inline", "--limit", "1")
+    predict(tiles, checkpoint, m, "--dispatch", "inline", "--limit", "1", "--unit", "m")
+    metres = tifffile.imread(m / "JAX_tile00_AGL.tif")
+    assert metres.dtype == np.float32
+    np.testing.assert_allclose(metres, tifffile.imread(cm / "JAX_tile00_AGL.tif") / 100, atol=0.0051)
+    converted = tmp_path / "converted"
+    assert cli.main(["convert", "--predictions", str(m), "--out", str(converted), "--from", "m"]) == 0
+    assert outputs(converted) == outputs(cm)
+
+
+def test_sources(tiles: Path, tmp_path: Path, checkpoint: Path) -> None:
+    def keys(source: Path, **options: object) -> list[str]:
+        return [
+            tile.key for tile in find_source(PredictRecipe(source, [checkpoint], tmp_path, **options)).tiles
+        ]  # type: ignore[arg-type]
+
+    assert keys(tiles / "JAX_tile03_RGB.tif") == ["JAX_tile03"]
+    assert keys(tiles, limit=3) == ["JAX_tile00", "JAX_tile01", "JAX_tile02"]
+    challenge = tmp_path / "challenge"
+    challenge.mkdir()
+    shutil.copytree(tiles, challenge / "test_rgbs")
+    (challenge / "train").mkdir()
+    shutil.copy(tiles / "JAX_tile00_RGB.tif", challenge / "train" / "ARG_other_RGB.tif")
+    assert len(keys(challenge)) == 7
+    assert keys(challenge, split="train") == ["ARG_other"]
+    assert len(keys(challenge, split="all")) == 8
+    with pytest.raises(UserError, match="none of 7 tiles is of split 'val'"):
+        keys(tiles, split="val")
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(UserError, match="not an image by its name"):
+        keys(tmp_path / "notes.txt")
+
+
+def test_real_jpeg2000_is_predicted_and_the_15_bit_one_refused(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not REAL.is_dir():
+        pytest.skip("the real images of ../shared/real are not here")
+    folder = tmp_path / "real"
+    folder.mkdir()
+    shutil.copy(REAL / "jpeg2000" / "sentinel2_343.jp2", folder / "S2_good_RGB.jp2")
+    shutil.copy(REAL / "jpeg2000" / "sentinel2_15bit_1830.jp2", folder / "S2_bits_RGB.jp2")
+    out = tmp_path / "out"
+    assert predict(folder, checkpoint, out, "--dispatch", "inline") == 1
+    assert "S2_bits_RGB.jp2" in capsys.readouterr().err
+    assert tifffile.imread(out / "S2_good_AGL.tif").shape == (343, 343)
+
+
+def test_batches_are_cut_from_the_sorted_list_and_parts_keep_their_slots() -> None:
+    items = fix_batches([TileSource(key) for key in "dbca"], 3)
+    assert [item.keys for item in items] == [["a", "b", "c"], ["d"]]
+    assert [part.tiles.index(TileSource(key)) for part, key in zip(items[0].parts(), "abc", strict=True)] == [
+        0,
+        1,
+        2,
+    ]
+
+
+# Real kills.
+
+
+def start(source: Path, checkpoint: Path, out: Path, *options: str) -> subprocess.Popen[str]:
+    words = ["--source", source, "--checkpoint", checkpoint, "--out", out, "--batch", "2", "--device", "cpu"]
+    words += ["--threads", "1", "--workers", "2", *options]
+    command = [sys.executable, "-m", "geopose_dist", "predict", *map(str, words)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def wait_for_files(folder: Path, count: int, process: subprocess.Popen[str]) -> None:
+    for _ in range(1200):
+        if len(list(folder.glob("*_AGL.tif"))) >= count or process.poll() is not None:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no {count} tiles in {folder} within a minute")
+
+
+def children(pid: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            found += [int(stat.parent.name), *children(int(stat.parent.name))]
+    return found
+
+
+def actor_processes(pid: int, kind: str) -> list[int]:
+    """Processes under `pid` that hold a worker: Ray calls them ray::_Worker, forkserver children are bare."""
+    found = []
+    for child in children(pid):
+        try:
+            words = (Path("/proc") / str(child) / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if (b"ray::_Worker" in words) if kind == "ray" else (b"forkserver" in words):
+            found.append(child)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ray", "process"])
+def test_killed_actor_and_killed_driver_leave_the_same_files(
+    kind: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "tiles"
+    write_tiles(source, 60)
+    undisturbed = tmp_path / "undisturbed"
+    assert predict(source, checkpoint, undisturbed, "--dispatch", "inline") == 0
+    out = tmp_path / "out"
+    first = start(source, checkpoint, out, "--dispatch", kind)
+    wait_for_files(out, 6, first)
+    assert first.poll() is None, first.communicate()
+    victims = actor_processes(first.pid, kind)
+    assert victims
+    os.kill(victims[-1], signal.SIGKILL)
+    wait_for_files(out, 20, first)
+    if kind == "ray":
+        assert first.poll() is None, "it must still be busy, or nothing is tested"
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    time.sleep(2)  # orphans notice that their driver is gone
+    assert len(list(out.glob("*_AGL.tif"))) < 60
+    second = start(source, checkpoint, out, "--dispatch", kind)
+    told, errors = second.communicate(timeout=300)
+    assert second.returncode == 0, errors
+    assert "60 of 60 tiles predicted" in told
+    assert outputs(out) == outputs(undisturbed)
+
+
+@pytest.mark.slow
+def test_ray_writes_what_inline_writes_and_counts_clipped(
+    tiles: Path, checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--net.tta", "flips", "--net.agl_max_m", "3", "--net.scale_min_px_per_m", "2")
+    assert predict(tiles, checkpoint, tmp_path / "inline", "--dispatch", "inline", *options) == 0
+    assert predict(tiles, checkpoint, tmp_path / "ray", "--workers", "2", *options) == 0
+    assert outputs(tmp_path / "ray") == outputs(tmp_path / "inline")
+    assert "heights clipped to 0 .. 3 m; 7 scales limited to 2 .. 3 px/m" in capfd.readouterr().out
+
+
+def test_help_is_quick_and_knows_the_options(capsys: pytest.CaptureFixture[str]) -> None:
+    code = "import sys, geopose_dist.infer.recipe; assert not {'torch', 'ray', 'cv2'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_parts_of_an_item_are_items(checkpoint: Path) -> None:
+    item = WorkItem((TileSource("a"), None, TileSource("c")))
+    assert item.keys == ["a", "c"]
+    assert [part.keys for part in item.parts()] == [["a"], ["c"]]
