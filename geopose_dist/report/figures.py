@@ -74,7 +74,7 @@ def chart(
     if y_floor is not None and axes.get_ylim()[0] < y_floor:
         axes.set_ylim(bottom=y_floor)
     if len(lines) > 1:
-        axes.legend(frameon=False, fontsize=8, labelcolor=_INK, ncols=2 if len(lines) > 4 else 1)
+        _legend(figure)
     return _svg(figure, title)
 
 
@@ -93,7 +93,7 @@ def histogram(
         axes.stairs(heights, edges, color=colour, label=name, linewidth=1.6)
     if log_y:
         axes.set_yscale("log")
-    axes.legend(frameon=False, fontsize=8, labelcolor=_INK)
+    _legend(figure)
     return _svg(figure, title)
 
 
@@ -128,6 +128,11 @@ def _axes(title: str, x_label: str, y_label: str) -> tuple[Figure, Any]:
         spine.set_visible(name in ("left", "bottom"))
         spine.set_color(_INK)
     return figure, axes
+
+
+def _legend(figure: Figure) -> None:
+    """Below the axes, where it hides no curve."""
+    figure.legend(loc="outside lower left", ncols=4, frameon=False, fontsize=8, labelcolor=_INK)
 
 
 def _svg(figure: Figure, title: str) -> str:
@@ -190,7 +195,7 @@ def with_arrows(
     Returns:
         The image, and the whole factor by which arrows are drawn longer than they are.
     """
-    picture = np.ascontiguousarray(reduced(rgb, side))
+    picture = np.array(reduced(rgb, side), order="C")  # a copy: arrows must not get into `rgb` itself
     spots = _tall_spots(agl_m)
     shrink = picture.shape[0] / rgb.shape[0]
     flows = [(*flow_xy(agl, pose.scale_px_per_m, pose.angle_rad), colour) for pose, agl, colour in poses]

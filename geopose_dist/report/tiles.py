@@ -74,7 +74,7 @@ def tiles_part(source: Path, predictions: Path, truth: Path, workers: int) -> li
     ]
     for (rank, tile), row in zip(shown, drawn, strict=True):
         errors = (
-            f"endpoint {tile.endpoint_px:.2f} px, height {tile.height_rms_m:.2f} m (RMS), "
+            f"errors: endpoint {tile.endpoint_px:.2f} px, height {tile.height_rms_m:.2f} m (RMS), "
             f"angle {tile.angle_deg:.1f} deg, scale {tile.scale_px_per_m:.4f} px/m"
         )
         parts += [page.heading(f"{tile.city}, {rank}: {tile.key}", 3), page.note(errors), row]
@@ -88,10 +88,9 @@ def picked(measured: Sequence[Measured]) -> list[tuple[str, Measured]]:
         ranked = sorted(
             (tile for tile in measured if tile.city == city), key=lambda t: (t.endpoint_px, t.key)
         )
-        places = {0: "best", len(ranked) - 1: "worst", len(ranked) // 2: "median"}
-        names = (
-            {0: "best", len(ranked) // 2: "median", len(ranked) - 1: "worst"} if len(ranked) > 2 else places
-        )
+        last = len(ranked) - 1
+        # Of two tiles there is no median, and of one no worst.
+        names = {last // 2: "median", last: "worst", 0: "best"} if last > 1 else {last: "worst", 0: "best"}
         chosen += [(names[place], ranked[place]) for place in sorted(names)]
     return chosen
 
