@@ -132,7 +132,7 @@ def write_cm(view: View, out: npt.NDArray[np.uint16]) -> None:
         centimetres = view.agl_m * np.float32(100)
         np.rint(centimetres, out=centimetres)
         np.clip(centimetres, 0, TALLEST_CM, out=centimetres)
-        centimetres[np.isnan(centimetres)] = UNKNOWN_CM  # a NaN has no defined uint16
+        np.fmin(centimetres, UNKNOWN_CM, out=centimetres)  # of NaN and a number, fmin gives the number
         out[...] = centimetres
     if view.inside is not None:
         out[~view.inside] = OUTSIDE_CM

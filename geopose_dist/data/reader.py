@@ -26,9 +26,6 @@ __all__ = ["Reader", "open_shards"]
 UNKNOWN_CM = 65535
 """AGL value of shards that means "height not known"."""
 
-_METRES = np.arange(65536, dtype=np.float32) / np.float32(100)
-_METRES[UNKNOWN_CM] = np.nan
-
 
 class Reader:
     """Samples of one split by their row of its index; picklable, safe in threads and forks."""
@@ -135,4 +132,8 @@ def _agl_m(members: dict[str, memoryview], where: str, size: tuple[int, int]) ->
         return None
     name = extension.removeprefix("agl.")
     agl_cm = codecs.decode_agl(name, bytes(members[extension]), f"{where}.{extension}", size)
-    return _METRES[agl_cm]
+    metres: F32 = np.divide(agl_cm, np.float32(100), dtype=np.float32)
+    unknown = agl_cm == UNKNOWN_CM
+    if unknown.any():  # writing through a mask costs more than looking whether it is needed
+        metres[unknown] = np.nan
+    return metres
