@@ -8,10 +8,7 @@ them is complete. Whole places go to the test set, spread over the cities, and `
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
-import io
 import json
 import shutil
 import sys
@@ -19,20 +16,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
-from geopose_dist import files, geometry, metrics_log, pool
+from geopose_dist import metrics_log, pool
 from geopose_dist.errors import UserError
+from shards.synth_tiles import BOOKS, Job, TileName, finished, render_job, write
 
 CITIES = ["ARG", "ATL", "JAX", "OMA"]
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 PLAN_VERSION = 1
 """Counts changes of the renderer that change its bytes: a folder begun by another version is not mixed with."""
+VIEWS_PER_JOB = 8
+"""A place is built anew for each job: enough views to make that cheap, few enough for progress to be seen."""
 BYTES_PER_PIXEL = {"rgb": 1.4, "agl": 0.45}
 """Rough sizes after compression, for --dry-run and for the check of free space."""
-FORMAT_AGL_CM, FORMAT_SCALE, FORMAT_ANGLE = 400, 0.0097, 3.14159
-BOOKS = ".synth"
 
 
 @dataclass(frozen=True)
@@ -72,47 +67,6 @@ class SynthRecipe:
             raise ValueError(
                 f"test_places is {self.test_places}; it must be from 0 to places ({self.places})"
             )
-
-
-@dataclass(frozen=True)
-class TileName:
-    """What a tile is called and which part of the dataset it belongs to."""
-
-    city: str
-    place: int
-    view: int
-    id: str
-    test: bool
-
-    @property
-    def stem(self) -> str:
-        """Start of its file names."""
-        return f"{self.city}_{self.id}"
-
-    def targets(self) -> dict[str, str]:
-        """Relative paths of its files by what they hold."""
-        truth = "test_truth" if self.test else "train"
-        paths = {
-            "rgb": f"{'test_rgbs' if self.test else 'train'}/{self.stem}_RGB.j2k",
-            "agl": f"{truth}/{self.stem}_AGL.tif",
-            "json": f"{truth}/{self.stem}_VFLOW.json",
-        }
-        if self.test:
-            paths["format_agl"] = f"submission_format/{self.stem}_AGL.tif"
-            paths["format_json"] = f"submission_format/{self.stem}_VFLOW.json"
-        return paths
-
-
-@dataclass(frozen=True)
-class Job:
-    """Views of one place that one worker renders."""
-
-    out: Path
-    size: int
-    seed: int
-    city: str
-    place: int
-    tiles: tuple[TileName, ...]
 
 
 def default_test_places(places: int, cities: int) -> int:
@@ -156,92 +110,6 @@ def tile_names(recipe: SynthRecipe) -> list[TileName]:
     return names
 
 
-def render_job(job: Job) -> list[tuple[str, float]]:
-    """Render and write the views of a job; returns (id, gsd in metres) of each."""
-    from shards import synth_districts, synth_look
-
-    keyed = synth_districts.keyed
-    plan = synth_districts.build(job.city, job.size, job.seed, job.place)
-    terrain, around = plan.terrain(), plan.around()
-    holes = synth_look.hole_map(job.city, plan, job.size, keyed(job.seed, job.place, 4))
-    done = []
-    for tile in job.tiles:
-        rng = keyed(job.seed, job.place, 5, tile.view)
-        camera = view_camera(job.city, job.size, job.seed, job.place, tile.view)
-        day = synth_look.draw_day(job.city, rng)
-        picture = synth_look.take_picture(plan, terrain, around, camera, day, job.size)
-        rgb = synth_look.develop(picture.radiance, day, rng)
-        cm = synth_look.label_cm(picture, plan, holes, job.city, rng)
-        pose = {"scale": geometry.px_per_cm(camera.scale_px_per_m), "angle": camera.angle_rad}
-        contents = {"rgb": encode_j2k(rgb), "agl": encode_tif(cm), "json": json.dumps(pose).encode()}
-        if tile.test:
-            contents["format_agl"] = encode_tif(np.full_like(cm, FORMAT_AGL_CM))
-            contents["format_json"] = json.dumps({"scale": FORMAT_SCALE, "angle": FORMAT_ANGLE}).encode()
-        sizes = {}
-        for what, path in tile.targets().items():
-            _write(job.out / path, contents[what])
-            sizes[path] = len(contents[what])
-        _write(_note(job.out, tile), json.dumps({"files": sizes, "gsd_m": round(camera.gsd_m, 6)}).encode())
-        done.append((tile.id, round(camera.gsd_m, 6)))
-    return done
-
-
-def view_camera(city: str, size: int, seed: int, place: int, view: int):  # type: ignore[no-untyped-def]
-    """The camera of a view."""
-    from shards import synth_camera, synth_districts
-
-    return synth_camera.draw_camera(city, size, synth_districts.keyed(seed, place, 6, view))
-
-
-def encode_j2k(rgb: npt.NDArray[np.uint8]) -> bytes:
-    """JPEG 2000 codestream at 44 dB, visually lossless, as a provider would deliver."""
-    import imagecodecs
-
-    return bytes(imagecodecs.jpeg2k_encode(rgb, level=44, codecformat="j2k", numthreads=1))
-
-
-def encode_tif(cm: npt.NDArray[np.uint16]) -> bytes:
-    """Lossless deflate TIFF of heights in centimetres."""
-    import tifffile
-
-    buffer = io.BytesIO()
-    tifffile.imwrite(
-        buffer,
-        cm,
-        compression="zlib",
-        compressionargs={"level": 4},
-        predictor=True,
-        metadata=None,
-        rowsperstrip=256,
-    )
-    return buffer.getvalue()
-
-
-def _note(out: Path, tile: TileName) -> Path:
-    return out / BOOKS / "tiles" / f"{tile.stem}.json"
-
-
-def _write(path: Path, data: bytes) -> None:
-    try:
-        files.write_bytes(path, data)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(
-            f"{path}: the disk is full; free some space and run the same command again, it goes on where it stopped"
-        ) from error
-
-
-def _finished(out: Path, tile: TileName) -> float | None:
-    """GSD of a tile whose files are all there with the sizes that were noted, else None."""
-    try:
-        note = json.loads(_note(out, tile).read_bytes())
-        whole = all((out / path).stat().st_size == size for path, size in note["files"].items())
-        return float(note["gsd_m"]) if whole else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def _prepare(recipe: SynthRecipe, names: list[TileName]) -> None:
     """Refuse a folder that holds something else; write the recipe's note into a new one."""
     out = recipe.out
@@ -277,7 +145,7 @@ def _prepare(recipe: SynthRecipe, names: list[TileName]) -> None:
                     f"{path} is not a file of this dataset; move it away or name another folder with --out"
                 )
     if not recipe.dry_run:
-        _write(book, json.dumps(facts).encode())
+        write(book, json.dumps(facts).encode())
 
 
 def _jobs(recipe: SynthRecipe, missing: list[TileName]) -> list[Job]:
@@ -289,7 +157,7 @@ def _jobs(recipe: SynthRecipe, missing: list[TileName]) -> list[Job]:
     parts = -(-workers // max(1, len(by_place)))
     jobs = []
     for place, tiles in by_place.items():
-        length = -(-len(tiles) // parts)
+        length = min(VIEWS_PER_JOB, -(-len(tiles) // parts))
         for start in range(0, len(tiles), length):
             part = tuple(tiles[start : start + length])
             jobs.append(Job(recipe.out, recipe.size, recipe.seed, tiles[0].city, place, part))
@@ -321,17 +189,17 @@ def _write_tables(out: Path, names: list[TileName], gsd: dict[str, float]) -> No
         "places.csv": [["id", "place"], *([t.id, f"{t.city}{t.place:05d}"] for t in ordered)],
     }
     for name, rows in tables.items():
-        _write(out / name, "".join(",".join(row) + "\n" for row in rows).encode())
+        write(out / name, "".join(",".join(row) + "\n" for row in rows).encode())
 
 
 def _sum_up(recipe: SynthRecipe, names: list[TileName], missing: list[TileName]) -> Iterator[str]:
     tests = [tile for tile in names if tile.test]
-    yield f"{recipe.out}: {len(names)} tiles of {recipe.size} x {recipe.size} pixels, {len(names) - len(tests)} train, {len(tests)} test"
+    shares = f"{len(names) - len(tests)} train, {len(tests)} test"
+    yield f"{recipe.out}: {len(names)} tiles of {recipe.size} x {recipe.size} pixels, {shares}"
     for city in recipe.cities:
         own = [tile for tile in names if tile.city == city]
-        yield (
-            f"  {city}: {len({t.place for t in own})} places ({len({t.place for t in own if t.test})} test), {len(own)} tiles"
-        )
+        places, test_places = len({t.place for t in own}), len({t.place for t in own if t.test})
+        yield f"  {city}: {places} places ({test_places} test), {len(own)} tiles"
     yield f"  still to write: {len(missing)} tiles, about {_expected_bytes(recipe, missing) / 1e6:.0f} MB"
 
 
@@ -339,7 +207,7 @@ def run(recipe: SynthRecipe) -> None:
     """Write the dataset; raises UserError if the folder or the disk does not allow it."""
     names = tile_names(recipe)
     _prepare(recipe, names)
-    gsd = {tile.id: value for tile in names if (value := _finished(recipe.out, tile)) is not None}
+    gsd = {tile.id: value for tile in names if (value := finished(recipe.out, tile)) is not None}
     missing = [tile for tile in names if tile.id not in gsd]
     if recipe.dry_run:
         print("\n".join(_sum_up(recipe, names, missing)))
@@ -354,10 +222,9 @@ def run(recipe: SynthRecipe) -> None:
         (recipe.out / folder).mkdir(exist_ok=True)
     jobs = _jobs(recipe, missing)
     with metrics_log.Progress(len(names), "synth", start=len(gsd)) as progress:
-        with contextlib.closing(pool.process_map(render_job, jobs, workers=recipe.workers)) as results:  # type: ignore[type-var]
-            for done in results:
-                gsd.update(done)
-                progress.advance(len(done))
+        for done in pool.process_map(render_job, jobs, workers=recipe.workers):
+            gsd.update(done)
+            progress.advance(len(done))
     _write_tables(recipe.out, names, gsd)
     print(f"{recipe.out}: {len(names)} tiles, {len(missing)} of them new", file=sys.stderr)
 

@@ -90,12 +90,11 @@ class Plan:
         self.ids: I32 = np.zeros((side, side), np.int32)
         self._things: list[tuple[float, ...]] = []
         self._named: dict[tuple[float, ...], int] = {}
-        self.crowns: list[F32] = []
 
     @property
     def side(self) -> int:
         """Cells along an edge of the maps."""
-        return self.height.shape[0]
+        return int(self.height.shape[0])
 
     @property
     def half_m(self) -> float:
@@ -146,8 +145,7 @@ class Plan:
         row, col = self._cell(x, y)
         if not (0 <= row < self.side and 0 <= col < self.side) or self.height[row, col] > 0:
             return -1
-        thing: int = self.ids[row, col]
-        return int(self._things[thing][12])
+        return int(self._things[self.ids[row, col]][12])
 
     def _cell(self, x: float, y: float) -> tuple[int, int]:
         return math.floor(y / self.cell + self.side / 2), math.floor(x / self.cell + self.side / 2)

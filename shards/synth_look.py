@@ -107,7 +107,7 @@ def develop(radiance: F32, day: Day, rng: np.random.Generator) -> U8:
     image = radiance * np.float32(1 - day.haze)
     image += np.array(day.air, np.float32) * np.float32(day.haze)
     image *= np.array(day.cast, np.float32)
-    image = cv2.GaussianBlur(image, (5, 5), day.blur_px, borderType=cv2.BORDER_REFLECT_101)
+    cv2.GaussianBlur(image, (5, 5), day.blur_px, dst=image, borderType=cv2.BORDER_REFLECT_101)
     # One stretch for all bands, as a provider's true-colour product has; the darkest shadows stay off zero.
     sample = image[::7, ::7]
     low, high = (float(v) for v in np.percentile(sample, (0.3, 99.4)))
@@ -118,22 +118,28 @@ def develop(radiance: F32, day: Day, rng: np.random.Generator) -> U8:
     np.power(image, np.float32(day.gamma), out=image)
     image *= 245
     image += np.float32(day.noise) * rng.standard_normal(image.shape, np.float32)
-    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+    pixels: U8 = np.clip(np.rint(image), 0, 255).astype(np.uint8)
+    return pixels
 
 
-def hole_map(city: str, plan: Plan, size: int, rng: np.random.Generator) -> U8:
-    """Where the lidar of a place has nothing: uint8 [map / 16], 1 = nothing.
+@dataclass(frozen=True)
+class Holes:
+    """Where the lidar of a place has nothing: `mask` uint8 [map / 16], 1 = nothing; and whether on water either."""
 
-    Blobs and, in some places, the straight edge of a flight strip; how much varies from place to place.
-    """
+    mask: U8
+    water: bool
+
+
+def draw_holes(city: str, plan: Plan, size: int, rng: np.random.Generator) -> Holes:
+    """The holes of a place: blobs or the straight edge of a flight strip; how much varies from place to place."""
     step = 16
     side = -(-plan.side // step)
     mean = NO_DATA_SHARE.get(city, 0.02)
     # Few places with much, many with little; the mean is the city's.
     share = min(0.85, mean * float(rng.gamma(1.2, 1 / 1.2)))
-    field = rng.standard_normal((side, side)).astype(np.float32)
+    field: F32 = rng.standard_normal((side, side), np.float32)
     blob = max(1.5, 14.0 / (step * plan.cell))
-    field = cv2.GaussianBlur(field, (0, 0), blob)
+    cv2.GaussianBlur(field, (0, 0), blob, dst=field)
     # The share is that of the ground which tiles of `size` pixels show, not of the rim around it.
     gsd_m = 1.4 * plan.cell
     shown = max(2, round(0.5 * size * gsd_m / (step * plan.cell)))
@@ -144,22 +150,21 @@ def hole_map(city: str, plan: Plan, size: int, rng: np.random.Generator) -> U8:
         ramp = x * math.cos(bearing) + y * math.sin(bearing)
         field = 0.15 * field / field.std() + (ramp / shown).astype(np.float32)
     middle = field[side // 2 - shown : side // 2 + shown, side // 2 - shown : side // 2 + shown]
-    return (field > np.quantile(middle, 1 - share)).astype(np.uint8)
+    mask = (field > np.quantile(middle, 1 - share)).astype(np.uint8)
+    # Water mirrors the pulse away; most releases filled it in, some did not.
+    return Holes(mask, mean > 0.01 and rng.random() < 0.2)
 
 
 def label_cm(
-    picture: Picture, plan: Plan, holes: U8, city: str, rng: np.random.Generator
+    picture: Picture, plan: Plan, holes: Holes, city: str, rng: np.random.Generator
 ) -> npt.NDArray[np.uint16]:
     """Heights as a label file holds them: uint16 cm, 65535 where the lidar has no data."""
     cm = np.rint(picture.agl_m * 100).astype(np.uint16)
-    step = -(-plan.side // holes.shape[0])
-    hole = holes[(picture.row / step).astype(np.intp), (picture.col / step).astype(np.intp)] > 0
-    objects = plan.objects()
-    if NO_DATA_SHARE.get(city, 0.02) > 0.01:
-        # Water sends the pulse elsewhere; some dark roofs swallow it.
-        swallowed = objects[:, 12] == WATER
-        hole |= swallowed[picture.seen]
-        thin = rng.random(cm.shape, np.float32) < 0.25 * NO_DATA_SHARE.get(city, 0.02)
-        hole |= thin & (picture.kind == 1)
+    step = -(-plan.side // holes.mask.shape[0])
+    hole = holes.mask[(picture.row / step).astype(np.intp), (picture.col / step).astype(np.intp)] > 0
+    if holes.water:
+        hole |= (plan.objects()[:, 12] == WATER)[picture.seen]
+    # A nadir-looking lidar meets walls now and then only.
+    hole |= (picture.kind == 1) & (rng.random(cm.shape, np.float32) < 0.25 * NO_DATA_SHARE.get(city, 0.02))
     cm[hole] = 65535
     return cm

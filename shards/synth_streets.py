@@ -73,8 +73,9 @@ class Site:
             for _ in range(3)
         ]
         self.cars = [
-            plan.thing(rgb, wall=tuple(0.7 * v for v in rgb), grain=0.02, patch=0.0) for rgb in CAR_COLOURS
-        ]  # type: ignore[arg-type]
+            plan.thing((r, g, b), wall=(0.7 * r, 0.7 * g, 0.7 * b), grain=0.02, patch=0.0)
+            for r, g, b in CAR_COLOURS
+        ]
         self.screen = plan.thing((44, 50, 58), grain=0.02, patch=0.0)
         self.unit = plan.thing((172, 174, 174), grain=0.04, patch=0.0, material=ROOF)
         self.unit_dark = plan.thing((104, 106, 108), grain=0.04, patch=0.0, material=ROOF)

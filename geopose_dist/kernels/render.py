@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from geopose_dist.kernels import _render
+import geopose_dist.kernels._render as _render
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
