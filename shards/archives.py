@@ -42,6 +42,10 @@ def unpacked(archive: Path) -> Path:
         temporary.rename(folder)
         files.write_bytes(stamp_file, stamp)
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(
+                f"{archive}: the disk is full while unpacking it into {folder}; free some space"
+            ) from error
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         raise UserError(

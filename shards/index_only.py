@@ -14,7 +14,7 @@ from pathlib import Path
 from geopose_dist import metrics_log, pool
 from geopose_dist.data import manifest
 from geopose_dist.errors import FoundProblems, UserError
-from shards import pack, tallies, tars
+from shards import pack_write, tallies, tars
 from shards.inspection import inspect
 from shards.pack_plan import PlannedShard
 from shards.pack_state import Record
@@ -45,7 +45,7 @@ def run(out: Path, *, workers: int = 0) -> None:
     if problems:
         raise FoundProblems(f"{out}: {len(problems)} problems; nothing is written:", problems)
     planned = [PlannedShard(name, split, ()) for split, name in shards]
-    pack.write_manifest(out, {"index_only": True}, planned, records)
+    pack_write.write_manifest(out, {"index_only": True}, planned, records)
     print(
         f"pack: indexed {sum(len(r.rows) for r in records)} samples in {len(shards)} shards", file=sys.stderr
     )

@@ -8,11 +8,8 @@ last: a folder without one is unfinished. If tiles turn out damaged, all of them
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,10 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from geopose_dist.errors import FinishedWithFailures, FoundProblems, UserError
 
 if TYPE_CHECKING:
-    from shards.encode import Damaged, Sample
     from shards.layouts import Tile
     from shards.pack_plan import PlannedShard
-    from shards.pack_state import Record, State
+    from shards.pack_state import State
 
 
 @dataclass(frozen=True)
@@ -112,19 +108,21 @@ def run(recipe: PackRecipe) -> None:
 
         index_only.run(Path(recipe.out), workers=recipe.workers)
         return
+    from shards import tars
+
     try:
         _pack(recipe)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in tars.FULL:
             raise
         raise UserError(
-            f"{recipe.out}: the disk is full; what is finished is kept; free some space and run the same "
-            "command again, or remove the folder"
+            f"{recipe.out}: the disk is full ({error.strerror}); what is finished is kept; free some space and "
+            "run the same command again, or remove the folder"
         ) from error
 
 
 def _pack(recipe: PackRecipe) -> None:
-    from shards import layouts, pack_plan
+    from shards import layouts, pack_plan, tars
     from shards.pack_state import State
 
     layout = layouts.scan(Path(recipe.source))
@@ -145,6 +143,7 @@ def _pack(recipe: PackRecipe) -> None:
             )
         )
         return
+    tars.make_folder(Path(recipe.out))
     state = State(Path(recipe.out), {"recipe": recipe.about(), "source": str(Path(recipe.source).resolve())})
     state.begin(sorted(tiles))
     bad |= {key: text for key, text in state.damaged(tiles).items() if key not in bad}
@@ -196,6 +195,7 @@ def _samples_per_shard(recipe: PackRecipe, tiles: list[Tile]) -> int:
 def _write_missing(recipe: PackRecipe, state: State, shards: list[PlannedShard]) -> dict[str, str]:
     """Write the shards of this part that are not there yet; the tiles that could not be packed."""
     from geopose_dist import metrics_log, pool
+    from shards import pack_write
     from shards.encode import Job, encode
 
     number, count = recipe.part_of()
@@ -211,50 +211,8 @@ def _write_missing(recipe: PackRecipe, state: State, shards: list[PlannedShard])
     results = pool.process_map(encode, jobs, workers=min(recipe.workers or pool.usable_cores(), len(jobs)))
     tracked = metrics_log.track(results, total=len(jobs), label="pack")
     for shard in todo:
-        damaged |= {one.key: one.sentence for one in _write_shard(state, shard, tracked)}
+        damaged |= {one.key: one.sentence for one in pack_write.write_shard(state, shard, tracked)}
     return damaged
-
-
-class _Incomplete(Exception):
-    """A tile of the shard being written cannot be packed."""
-
-
-def _write_shard(state: State, shard: PlannedShard, results: Iterator[Sample | Damaged]) -> list[Damaged]:
-    """Write one shard from the next results and remember it; or name the tiles that cannot be packed."""
-    from geopose_dist import files
-    from shards import tars
-    from shards.encode import Damaged
-    from shards.pack_state import Record
-    from shards.tallies import Tally
-
-    damaged: list[Damaged] = []
-    cities: list[str] = []
-    tallies: dict[str, Tally] = {}
-
-    def members() -> Iterator[tuple[str, dict[str, bytes]]]:
-        for _ in shard.tiles:
-            result = next(results)
-            if isinstance(result, Damaged):
-                damaged.append(result)
-            elif not damaged:
-                cities.append(result.city)
-                tallies[result.city] = tallies.get(result.city, Tally()) + result.tally
-                yield result.key, result.members
-
-    path = state.place(shard)
-    with contextlib.suppress(_Incomplete), files.atomic_write(path) as file:
-        tars.write_samples(file, members())
-        if damaged:
-            raise _Incomplete  # the temporary file goes; the rest of the tiles have been looked at
-    if damaged:
-        return damaged
-    rows = [
-        (span.key, city, span.offset, span.length, span.crc32)
-        for span, city in zip(tars.spans(path), cities, strict=True)
-    ]
-    record = Record(state.fingerprint(shard), path.stat().st_size, tars.sha256_of(path), rows, tallies)
-    state.keep(shard, record)
-    return []
 
 
 def _finish(recipe: PackRecipe, state: State, shards: list[PlannedShard]) -> bool:
@@ -268,41 +226,15 @@ def _finish(recipe: PackRecipe, state: State, shards: list[PlannedShard]) -> boo
             file=sys.stderr,
         )
         return False
+    from shards import pack_write
+
     state.publish(shards)
-    write_manifest(state.out, recipe.about(), shards, whole)
+    pack_write.write_manifest(state.out, recipe.about(), shards, whole)
     print(
         f"pack: {sum(len(r.rows) for r in whole)} tiles in {len(shards)} shards in {state.out}",
         file=sys.stderr,
     )
     return True
-
-
-def write_manifest(
-    out: Path, about: dict[str, Any], shards: list[PlannedShard], records: list[Record]
-) -> None:
-    """Write `manifest.json` and `index.npy` of finished shards, given in the manifest's order."""
-    import numpy as np
-
-    from geopose_dist.data import manifest
-    from shards import tallies
-
-    cities = sorted({row[1] for record in records for row in record.rows})
-    rows = [
-        (number, cities.index(city), offset, length, crc)
-        for number, record in enumerate(records)
-        for _, city, offset, length, crc in record.rows
-    ]
-    statistics = tallies.statistics(
-        (shard.split, city, tally)
-        for shard, record in zip(shards, records, strict=True)
-        for city, tally in record.tallies.items()
-    )
-    listed = [
-        manifest.Shard(shard.name, shard.split, len(record.rows), record.bytes, record.sha256)
-        for shard, record in zip(shards, records, strict=True)
-    ]
-    facts = manifest.Manifest(listed, cities, statistics, about)
-    manifest.write(out, facts, np.array(rows, dtype=manifest.INDEX_DTYPE))
 
 
 def _print_plan(shards: list[PlannedShard]) -> None:

@@ -57,13 +57,14 @@ class SplitRecipe:
 def run(recipe: SplitRecipe) -> None:
     """Write the split file or files (UserError)."""
     from geopose_dist import files
-    from shards import layouts
+    from shards import layouts, tars
 
     tiles = [tile for tile in layouts.read_layout(Path(recipe.source)) if _is_labelled(tile)]
     if not tiles:
         raise UserError(f"{recipe.source}: no labelled tiles (AGL or VFLOW) to split; nothing to do")
     place_of = _places(recipe, tiles)
     out = Path(recipe.out)
+    tars.make_folder(out.parent)
     if recipe.folds:
         folds = make_folds(tiles, place_of, recipe.folds, recipe.seed)
         targets = [(out.with_name(f"{out.stem}-{k}.json"), val) for k, val in enumerate(folds)]

@@ -6,6 +6,7 @@ per member, so an index can be made for any WebDataset shard; a sample is a run 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import tarfile
@@ -18,6 +19,8 @@ from typing import BinaryIO
 from geopose_dist.data.members import BLOCK, first_key
 from geopose_dist.errors import UserError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says when there is no more room for a file."""
 EXTENDED = (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME)
 """Headers that tell something about the member behind them."""
 
@@ -116,7 +119,15 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def remove_if_there(path: Path) -> None:
-    """Remove a file that another process may have removed already."""
-    if path.exists():
-        os.unlink(path)
+def make_folder(folder: Path) -> None:
+    """Make a folder to write into (UserError if that cannot be)."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        raise UserError(
+            f"{folder}: cannot be made ({error.strerror}); wanted a folder to write into"
+        ) from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: may not be written to; wanted a folder to write into")

@@ -63,6 +63,7 @@ class Result:
 def run(recipe: VerifyRecipe) -> None:
     """Verify a folder of shards; FinishedWithFailures names what is damaged."""
     from geopose_dist import files, metrics_log, pool
+    from shards import tars
 
     folder = Path(recipe.shards)
     tasks, facts = _tasks(folder, recipe.deep)
@@ -88,6 +89,7 @@ def run(recipe: VerifyRecipe) -> None:
         "problems": problems,
     }
     if recipe.json:
+        tars.make_folder(Path(recipe.json).parent)
         files.write_bytes(Path(recipe.json), (json.dumps(summary, indent=1) + "\n").encode())
     if problems:
         raise FinishedWithFailures(

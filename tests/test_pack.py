@@ -333,12 +333,20 @@ def test_out_of_disk(dataset, tmp_path, monkeypatch, after):
             return self.file.write(data)
 
     monkeypatch.setattr(tars, "write_samples", lambda file, samples: real(Full(file), samples))
-    with pytest.raises(UserError, match="the disk is full; what is finished is kept"):
+    with pytest.raises(
+        UserError, match=r"the disk is full \(No space left on device\); what is finished is kept"
+    ):
         run_pack(dataset, tmp_path / "out")
     left = [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert [name for name in left if name.endswith((".tar", ".tmp")) or name == "manifest.json"] == []
     monkeypatch.undo()
     run_pack(dataset, tmp_path / "out")
+
+
+def test_a_folder_that_cannot_be_written(dataset, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file: cannot be made"):
+        run_pack(dataset, tmp_path / "file")
 
 
 def test_a_plan_without_packing(dataset, tmp_path, geopose):

@@ -1,0 +1,78 @@
+"""What `geopose pack` writes: one shard from a stream of results, and the manifest when all shards are there."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from geopose_dist import files
+from geopose_dist.data import manifest
+from shards import tars
+from shards.encode import Damaged, Sample
+from shards.pack_plan import PlannedShard
+from shards.pack_state import Record, State
+from shards.tallies import Tally, statistics
+
+
+class _Incomplete(Exception):
+    """A tile of the shard being written cannot be packed."""
+
+
+def write_shard(state: State, shard: PlannedShard, results: Iterator[Sample | Damaged]) -> list[Damaged]:
+    """Write one shard from the next results and remember it; or name the tiles that cannot be packed."""
+    damaged: list[Damaged] = []
+    cities: list[str] = []
+    tallies: dict[str, Tally] = {}
+
+    def members() -> Iterator[tuple[str, dict[str, bytes]]]:
+        for _ in shard.tiles:
+            result = next(results)
+            if isinstance(result, Damaged):
+                damaged.append(result)
+            elif not damaged:
+                cities.append(result.city)
+                tallies[result.city] = tallies.get(result.city, Tally()) + result.tally
+                yield result.key, result.members
+
+    path = state.place(shard)
+    with contextlib.suppress(_Incomplete), files.atomic_write(path) as file:
+        tars.write_samples(file, members())
+        if damaged:
+            raise _Incomplete  # the temporary file goes; the rest of the tiles have been looked at
+    if damaged:
+        return damaged
+    rows = [
+        (span.key, city, span.offset, span.length, span.crc32)
+        for span, city in zip(tars.spans(path), cities, strict=True)
+    ]
+    record = Record(state.fingerprint(shard), path.stat().st_size, tars.sha256_of(path), rows, tallies)
+    state.keep(shard, record)
+    return []
+
+
+def write_manifest(
+    out: Path, about: dict[str, Any], shards: list[PlannedShard], records: list[Record]
+) -> None:
+    """Write `manifest.json` and `index.npy` of finished shards, given in the manifest's order."""
+
+    cities = sorted({row[1] for record in records for row in record.rows})
+    rows = [
+        (number, cities.index(city), offset, length, crc)
+        for number, record in enumerate(records)
+        for _, city, offset, length, crc in record.rows
+    ]
+    summary = statistics(
+        (shard.split, city, tally)
+        for shard, record in zip(shards, records, strict=True)
+        for city, tally in record.tallies.items()
+    )
+    listed = [
+        manifest.Shard(shard.name, shard.split, len(record.rows), record.bytes, record.sha256)
+        for shard, record in zip(shards, records, strict=True)
+    ]
+    facts = manifest.Manifest(listed, cities, summary, about)
+    manifest.write(out, facts, np.array(rows, dtype=manifest.INDEX_DTYPE))
