@@ -282,6 +282,28 @@ def test_rectified_pictures_show_hidden_ground_black() -> None:
     assert (rgb == 200).all()
 
 
+def test_the_augment_panel_shows_the_draw_of_a_run(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards, out = tmp_path / "shards", tmp_path / "panel.png"
+    words = ["--source", dataset / "truth", "--out", shards, "--reduce", 1, "--workers", 1]
+    assert cli.main(["pack", *map(str, words)]) == 0
+    capsys.readouterr()
+
+    def augment(*words: object) -> dict[str, Any]:
+        assert cli.main(["augment", "--shards", str(shards), "--out", str(out), *map(str, words)]) == 0
+        drawn: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return drawn
+
+    first = augment("--key", "JAX_b", "--augment.preset", "strong", "--seed", 3)
+    assert cv2.imread(str(out)).shape[2] == 3
+    assert augment("--key", "JAX_b", "--seed", 3) == first
+    assert augment("--key", "JAX_b", "--seed", 3, "--visit", 1) != first
+    assert augment("--key", "JAX_b", "--augment.preset", "none")["operations"] == []
+    assert cli.main(["augment", "--shards", str(shards), "--out", str(out), "--key", "JAX_z"]) == 2
+    assert "no sample 'JAX_z'" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_browser_shows_the_page(made: Path, tmp_path: Path) -> None:
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -32,7 +32,7 @@ class AugmentPanelRecipe:
     out: Path
     """The picture, a PNG file."""
     key: str | None = None
-    """Key of the sample; default: the first of the first split."""
+    """Key of the sample; default: the first of the train split, if there is one."""
     augment: AugmentRecipe = field(default_factory=AugmentRecipe)
     """What may be drawn."""
     crop_px: int | None = None
@@ -72,7 +72,7 @@ def find(shards: Path, key: str | None) -> tuple[Reader, int]:
     from geopose_dist.data.manifest import read_manifest
     from geopose_dist.data.reader import Reader, open_shards
 
-    splits = list(read_manifest(shards).splits())
+    splits = sorted(read_manifest(shards).splits(), key=lambda split: split != "train")
     for split in splits:
         reader = Reader(open_shards(str(shards), split))
         for index in range(len(reader)):
@@ -116,10 +116,11 @@ def _draw_image(axes: Any, view: View, name: str) -> None:
         told = f"scale {pose.scale_px_per_m:.3f} px/m, angle {np.degrees(pose.angle_rad):.0f} deg"
         if view.agl_m is not None:
             arrows = [(pose, view.agl_m, panels.TRUE_COLOUR)]
-            rgb, factor = figures.with_arrows(view.rgb, view.agl_m, arrows, side=max(view.rgb.shape))
+            rgb, factor = figures.with_arrows(view.rgb, view.agl_m, arrows, side=640)
             told += f"; flow x {factor}"
     gsd = "unknown" if view.gsd_m is None else f"{view.gsd_m:.3f} m"
-    axes.imshow(rgb, interpolation="nearest")
+    rows, columns = view.rgb.shape[:2]
+    axes.imshow(rgb, interpolation="nearest", extent=(-0.5, columns - 0.5, rows - 0.5, -0.5))
     axes.set_title(f"{name}: {told}; GSD {gsd}", fontsize=8)
     axes.set_xlabel("column, px", fontsize=8)
     axes.set_ylabel("row, px", fontsize=8)

@@ -184,7 +184,7 @@ def scale_bar(map_name: str, low: str, high: str) -> str:
 def with_arrows(
     rgb: U8, agl_m: F32, poses: Sequence[tuple[Pose, F32, tuple[int, int, int]]], side: int = 360
 ) -> tuple[U8, int]:
-    """The image, reduced to `side`, with flow arrows at the tallest pixel of each of up to 7 x 7 cells.
+    """The image, brought near `side` pixels, with flow arrows at the tallest pixel of each of up to 7 x 7 cells.
 
     Args:
         rgb: uint8 [H, W, 3].
@@ -196,6 +196,9 @@ def with_arrows(
         The image, and the whole factor by which arrows are drawn longer than they are.
     """
     picture = np.array(reduced(rgb, side), order="C")  # a copy: arrows must not get into `rgb` itself
+    enlarged = side // max(picture.shape)
+    if enlarged >= 2:  # arrows over a small picture would hide it
+        picture = picture.repeat(enlarged, axis=0).repeat(enlarged, axis=1)
     spots = _tall_spots(agl_m)
     shrink = picture.shape[0] / rgb.shape[0]
     flows = [(*flow_xy(agl, pose.scale_px_per_m, pose.angle_rad), colour) for pose, agl, colour in poses]
