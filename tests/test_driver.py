@@ -192,16 +192,15 @@ def test_batches_are_cut_from_the_sorted_list_and_parts_keep_their_slots() -> No
 # Real kills.
 
 
-def start(source: Path, checkpoint: Path, out: Path, *options: str) -> subprocess.Popen[str]:
+def start(source: Path, checkpoint: Path, out: Path, log: Path, *options: str) -> subprocess.Popen[bytes]:
     words = ["--source", source, "--checkpoint", checkpoint, "--out", out, "--batch", "2", "--device", "cpu"]
     words += ["--threads", "1", "--workers", "2", *options]
     command = [sys.executable, "-m", "geopose_dist", "predict", *map(str, words)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    with log.open("wb") as file:  # no pipe: orphans of a killed driver would keep it open
+        return subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
 
 
-def wait_for_files(folder: Path, count: int, process: subprocess.Popen[str]) -> None:
+def wait_for_files(folder: Path, count: int, process: subprocess.Popen[bytes]) -> None:
     for _ in range(1200):
         if len(list(folder.glob("*_AGL.tif"))) >= count or process.poll() is not None:
             return
@@ -240,27 +239,24 @@ def test_killed_actor_and_killed_driver_leave_the_same_files(
     kind: str, checkpoint: Path, tmp_path: Path
 ) -> None:
     source = tmp_path / "tiles"
-    write_tiles(source, 60)
+    write_tiles(source, 200)
     undisturbed = tmp_path / "undisturbed"
     assert predict(source, checkpoint, undisturbed, "--dispatch", "inline") == 0
-    out = tmp_path / "out"
-    first = start(source, checkpoint, out, "--dispatch", kind)
+    out, log = tmp_path / "out", tmp_path / "log"
+    first = start(source, checkpoint, out, log, "--dispatch", kind)
     wait_for_files(out, 6, first)
-    assert first.poll() is None, first.communicate()
+    assert first.poll() is None, log.read_text()
     victims = actor_processes(first.pid, kind)
     assert victims
     os.kill(victims[-1], signal.SIGKILL)
     wait_for_files(out, 20, first)
-    if kind == "ray":
-        assert first.poll() is None, "it must still be busy, or nothing is tested"
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     time.sleep(2)  # orphans notice that their driver is gone
-    assert len(list(out.glob("*_AGL.tif"))) < 60
-    second = start(source, checkpoint, out, "--dispatch", kind)
-    told, errors = second.communicate(timeout=300)
-    assert second.returncode == 0, errors
-    assert "60 of 60 tiles predicted" in told
+    assert len(list(out.glob("*_AGL.tif"))) < 200, "it was too fast to be killed in the middle"
+    second = start(source, checkpoint, out, log, "--dispatch", kind)
+    assert second.wait(timeout=300) == 0, log.read_text()
+    assert "200 of 200 tiles predicted" in log.read_text()
     assert outputs(out) == outputs(undisturbed)
 
 
