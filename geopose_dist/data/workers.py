@@ -7,8 +7,10 @@ answer; the server and its workers must not die of a SIGTERM that a batch system
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
+import platform
 import signal
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
@@ -22,6 +24,8 @@ from geopose_dist.errors import UserError
 
 MAX_WORKERS = 8
 SHARED_MEMORY = "/dev/shm"
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Parameters of mallopt(3)."""
 PARENTS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
@@ -66,8 +70,21 @@ def start_server() -> BaseContext:
     return context
 
 
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed blocks up to 32 MiB (its maximum) for reuse instead of giving them back.
+
+    A tile of 1024 x 1024 passes through some 12 MB of buffers. Returned to the kernel after each tile and taken
+    again page by page, they cost 6 to 7 ms of the 15 ms of CPU time that reading and decoding it took.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(M_TRIM_THRESHOLD, 256 << 20)
+
+
 def start_worker(_: int) -> None:
-    """Set up a worker: one thread, and the parent's signals ignored."""
+    """Set up a worker: one thread, memory kept for the next tile, and the parent's signals ignored."""
+    keep_freed_memory()
     torch.set_num_threads(1)
     pool.one_thread()
     for number in PARENTS_SIGNALS:
