@@ -57,7 +57,7 @@ class Progress:
             )
             self._bar.start()
             self._task = self._bar.add_task(
-                self.label, total=self.total, completed=self._start, rate="-", note=""
+                self.label, total=self.total or None, completed=self._start, rate="-", note=""
             )
         return self
 
@@ -81,7 +81,8 @@ class Progress:
             f", {(self.total - self.done) / rate:.0f} s left" if rate > 0 and self.done < self.total else ""
         )
         note = f"; {self._note}" if self._note else ""
-        return f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.3g} {self.unit}/s{left}{note}"
+        count = f"{self.done}/{self.total}" if self.total else str(self.done)  # 0: the clock decides
+        return f"{self.label}: {count} {self.unit}, {rate:.3g} {self.unit}/s{left}{note}"
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -93,7 +93,7 @@ def join_world(device: Device) -> Iterator[World]:
     chosen = choose_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    else:
+    elif size > 1 or "OMP_NUM_THREADS" not in os.environ:
         # torchrun sets one thread per rank whatever the number of cores; share what this host really has.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // local_size))

@@ -184,5 +184,5 @@ def test_damaged_checkpoints_are_one_sentence(tmp_path: Path) -> None:
     file = write_step(tmp_path, 10, None) / "model.safetensors"
     data = file.read_bytes()
     file.write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match="model.safetensors: cannot be read"):
+    with pytest.raises(UserError, match=r"model\.safetensors: cannot be read"):
         weights.load_net(tmp_path)

@@ -124,7 +124,7 @@ def write_metrics(
     step, optimizer = session.progress.step, session.stepper.optimizer
     if value != value or abs(value) == float("inf"):
         raise FinishedWithFailures(
-            f"step {step}: the loss is {value}; tiles of rank {session.world.rank}'s batch: {', '.join(keys)}; the last "
+            f"step {step}: the loss is {value}; this rank's tiles: {', '.join(keys)}; the last "
             f"checkpoint in {session.recipe.out} is whole; lower optim.lr, or look at these tiles"
         )
     weight = loss.weights(session.recipe.loss)
