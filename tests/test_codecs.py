@@ -59,6 +59,12 @@ def test_another_size_than_the_facts_is_refused(decode, codec, data):
         decode(codec.extension, data, "K", (53, 37))
 
 
+def test_other_names_of_the_same_formats():
+    for extension in ("j2c", "htj2k"):
+        np.testing.assert_array_equal(codecs.decode_rgb(extension, codecs.encode_rgb("htj2k", RGB), "K"), RGB)
+    np.testing.assert_array_equal(codecs.decode_agl("tiff", codecs.encode_agl("tif", AGL), "K"), AGL)
+
+
 def bombs():
     qoi = bytearray(codecs.encode_rgb("qoi", RGB))
     struct.pack_into(">II", qoi, 4, 1 << 20, 1 << 20)

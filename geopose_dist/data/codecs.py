@@ -148,6 +148,10 @@ AGL_CODECS: dict[str, Codec] = _table(
 """Height codecs by extension."""
 
 
+ALIASES = {"j2c": "jph", "jhc": "jph", "htj2k": "jph", "jpeg": "jpg", "tiff": "tif"}
+"""Other extensions that shards made elsewhere may use."""
+
+
 def names(table: dict[str, Codec]) -> list[str]:
     """What `--codec.rgb` or `--codec.agl` may be."""
     return [codec.name for codec in table.values()]
@@ -202,14 +206,14 @@ def decode_agl(extension: str, data: bytes, where: str, size: tuple[int, int] | 
 def _decode(
     table: dict[str, Codec], extension: str, data: bytes, where: str, size: tuple[int, int] | None
 ) -> npt.NDArray[Any]:
-    codec = table.get(extension)
+    codec = table.get(ALIASES.get(extension, extension))
     if codec is None:
         raise UserError(
             f"{where}: extension {extension!r} has no decoder here; wanted one of: {', '.join(table)}; "
             "pack again with one of these"
         )
     claimed = claimed_size(data)
-    if claimed is None and extension != "tif":
+    if claimed is None and codec.extension != "tif":
         raise UserError(f"{where}: damaged: no {codec.name} header in its {len(data)} bytes; {_REMEDY}")
     if claimed is not None and not (min(claimed) > 0 and claimed[0] * claimed[1] <= MAX_PIXELS):
         raise UserError(
