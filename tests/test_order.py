@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tars import write_shards
 
-from geopose_dist import config
+from geopose_dist import cli, config
 from geopose_dist.data.loader import train_loader
 from geopose_dist.data.manifest import open_split
 from geopose_dist.data.order import OrderRecipe, run
@@ -79,7 +79,9 @@ def test_without_a_recipe_ranks_take_turns(shards: Path, geopose):
     assert keys("--seed", 1) != everything
 
 
-def test_mistakes_are_one_sentence_and_exit_2(shards: Path, tmp_path: Path, geopose):
+def test_mistakes_are_one_sentence_and_exit_2(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     for words, said in (
         (("--shards", shards, "--rank", 3, "--world-size", 3), "rank is 3; wanted 0 to 2"),
         (("--shards", tmp_path / "none"), "manifest.json: not found"),
@@ -88,8 +90,8 @@ def test_mistakes_are_one_sentence_and_exit_2(shards: Path, tmp_path: Path, geop
         (("--shards", shards, "--global-batch", 6, "--micro-batch", 4), "must be a positive multiple"),
         (("--shards", shards, "--order", "blocks"), "wanted full, or block:K"),
     ):
-        done = geopose("order", *words)
-        assert done.returncode == 2
-        assert said in done.stderr
-        assert done.stderr.count("\n") == 1
-        assert done.stdout == ""
+        assert cli.main(["order", *map(str, words)]) == 2
+        told = capsys.readouterr()
+        assert said in told.err
+        assert told.err.count("\n") == 1
+        assert told.out == ""
