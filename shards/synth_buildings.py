@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
-from shards.synth_city import BLANK, CURTAIN, HOUSE, PUNCHED, RIBBON, ROOF, Rgb
-from shards.synth_streets import Site, jittered
+from shards.synth_city import BLANK, CURTAIN, HOUSE, MINERAL, PUNCHED, RIBBON, ROOF, Rgb
+from shards.synth_streets import Box, Site, jittered
 
 Generator = np.random.Generator
 
@@ -42,6 +42,15 @@ SHEETS: tuple[Rgb, ...] = (
     (150, 156, 160),
     (214, 210, 200),
     (134, 146, 152),
+)
+
+
+CONTAINERS: tuple[Rgb, ...] = (
+    (222, 222, 220),
+    (206, 206, 202),
+    (150, 82, 62),
+    (86, 104, 130),
+    (120, 122, 120),
 )
 
 
@@ -139,3 +148,23 @@ def shed(
         site.roof_things(x, y, a, b, turn, height + 0.05 * b, rng)
     else:
         flat_building(site, x, y, a, b, turn, height, rng, BLANK)
+
+
+def yard(site: Site, box: Box, turn: float, rng: Generator) -> None:
+    """What stands about on an industrial yard: rows of trailers and containers, a strip of grass, parked cars."""
+    x0, y0, x1, y1 = box
+    site.ground((x0, y0, x1, y0 + 5), site.grass)
+    site.ground((x0, y0, x0 + 4, y1), site.grass)
+    for _ in range(int(rng.integers(1, 4))):
+        x, y = float(rng.uniform(x0 + 10, x1 - 40)), float(rng.uniform(y0 + 10, y1 - 16))
+        for k in range(int(rng.integers(3, 11))):
+            u, v = site.frame.world(x + 3.4 * k, y)
+            taken, colour, height = (
+                rng.random() < 0.75,
+                pick(CONTAINERS, rng),
+                3.9 if rng.random() < 0.7 else 2.6,
+            )
+            if taken and site.plan.material_at(u, v) == MINERAL:
+                body = site.plan.thing(colour, turn=turn, grain=0.04, patch=0.05, rib=1.2)
+                site.plan.box(u, v, 1.25, 6.1, turn, height, body)
+    site.car_park((x0 + 8, y1 - 14, x0 + 8 + float(rng.uniform(20, 60)), y1 - 3), rng, 0.6)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shards.synth_buildings import SHEETS, TILES, WALLS, flat_building, house, pick, shed, tower
+from shards.synth_buildings import SHEETS, TILES, WALLS, flat_building, house, pick, shed, tower, yard
 from shards.synth_camera import ground_reach_m
 from shards.synth_city import (
     HOUSE,
@@ -293,7 +293,8 @@ def oma_block(site: Site, box: Box, rng: Generator) -> None:
                     h / 2 * float(rng.uniform(0.4, 0.75)),
                 )
                 shed(site, x, y, a, b, turn, float(rng.uniform(5.5, 12)), rng)
-        site.trees(box, 0.0004 * w * h, rng, 7.0)
+        yard(site, box, turn, rng)
+        site.trees(box, 0.0006 * w * h, rng, 7.0)
         street_cars(site, box, rng, 0.1)
     elif draw < 0.50:
         site.ground(box, site.pavement)
@@ -359,7 +360,7 @@ def build(city: str, size: int, seed: int, place: int) -> Plan:
     rng = keyed(seed, place, 1)
     turn, phase = float(rng.uniform(-0.6, 0.6)), float(rng.uniform(0, 6.28))
     greenness = float(rng.uniform(0.15, 0.75))
-    shift = (float(rng.uniform(-70, 70)), float(rng.uniform(-50, 50)))
+    shift = (float(rng.uniform(-1.5, 1.5)) * min(kind.pitch), float(rng.uniform(-1.5, 1.5)) * min(kind.pitch))
     plan = Plan(ground_reach_m(city, size, kind.tallest_m), kind.cell_m)
     site = Site(plan, Frame(turn, kind.bend_m, phase=phase, shift=shift), rng, greenness)
     river = int(rng.integers(-1, 2)) if rng.random() < kind.river else None

@@ -26,6 +26,7 @@ SUN_BEARING_DEG = {"ARG": 40.0, "ATL": 150.0, "JAX": 150.0, "OMA": 152.0}
 NO_DATA_SHARE = {"ARG": 0.21, "ATL": 0.002, "JAX": 0.04, "OMA": 0.015}
 """Mean share of pixels without height, from the challenge's tiles (DOMAIN section 2)."""
 MATERIALS = 7
+HOLE_CELLS = 6
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def develop(radiance: F32, day: Day, rng: np.random.Generator) -> U8:
     image -= np.float32(low)
     image /= np.float32(max(high - low, 1e-3))
     np.clip(image, 0, 1.3, out=image)
-    np.power(image, np.float32(day.gamma), out=image)
+    cv2.pow(image, day.gamma, dst=image)
     image *= 245
     image += np.float32(day.noise) * rng.standard_normal(image.shape, np.float32)
     pixels: U8 = np.clip(np.rint(image), 0, 255).astype(np.uint8)
@@ -124,7 +125,7 @@ def develop(radiance: F32, day: Day, rng: np.random.Generator) -> U8:
 
 @dataclass(frozen=True)
 class Holes:
-    """Where the lidar of a place has nothing: `mask` uint8 [map / 16], 1 = nothing; and whether on water either."""
+    """Where the lidar of a place has nothing: `mask` uint8 [map / HOLE_CELLS] is 1, or, if so, on water."""
 
     mask: U8
     water: bool
@@ -132,7 +133,7 @@ class Holes:
 
 def draw_holes(city: str, plan: Plan, size: int, rng: np.random.Generator) -> Holes:
     """The holes of a place: blobs or the straight edge of a flight strip; how much varies from place to place."""
-    step = 16
+    step = HOLE_CELLS
     side = -(-plan.side // step)
     mean = NO_DATA_SHARE.get(city, 0.02)
     # Few places with much, many with little; the mean is the city's.

@@ -88,14 +88,14 @@ class Site:
         self, x: float, y: float, rng: np.random.Generator, tall: float, evergreen: float = 0.25
     ) -> None:
         """A tree at a world position, if the ground is open there; `tall` is its usual height."""
-        kind = self.plan.material_at(x, y)
-        if kind not in (GRASS, SOIL, MINERAL):
-            return
         height = float(np.clip(rng.normal(tall, 0.25 * tall), 2.0, 28.0))
         radius = float(np.clip(height * rng.uniform(0.26, 0.46), 1.0, 7.0))
         first = 5 if rng.random() < evergreen else 0
         thing = self.crowns[first + int(rng.integers(3 if first else 5))]
-        self.plan.tree(x, y, radius, height, thing, int(rng.integers(8)))
+        kind = int(rng.integers(8))
+        # All draws come before this look at the map: beyond its edge nothing is drawn, and no draw may depend on that.
+        if self.plan.material_at(x, y) in (GRASS, SOIL, MINERAL):
+            self.plan.tree(x, y, radius, height, thing, kind)
 
     def trees(
         self, box: Box, count: float, rng: np.random.Generator, tall: float, evergreen: float = 0.25
@@ -175,7 +175,7 @@ def blocks(
     Every `wide`-th street is an avenue. The ground starts as asphalt, so streets are what blocks leave over.
     """
     plan, rng = site.plan, site.rng
-    reach = plan.half_m * 1.45 + 2 * site.frame.bend_m + 90
+    reach = plan.half_m * 1.45 + 2 * site.frame.bend_m + 1.6 * max(pitch)
     xs, ys = (street_positions(p, reach, wobble, rng) for p in pitch)
 
     def half(i: int) -> float:

@@ -5,7 +5,6 @@ order (the traversal of Amanatides and Woo, 1987) and two coarser maps of block 
 that lie wholly below it. No Python object is touched inside the loops, so threads may run them side by side.
 """
 
-cimport cython
 from libc.math cimport fabsf, floor, sqrtf
 from libc.stdint cimport int32_t, uint8_t, uint32_t
 
@@ -16,6 +15,7 @@ cdef enum:
     WALL = 1
     SUNNY = 1
     FACADE = 2
+    LEAFY = 4
 
 # Columns of the object table; render.py names them for Python.
 cdef enum:
@@ -267,10 +267,15 @@ cdef inline float cloud(Scene* s, float row, float col) noexcept nogil:
     return (1 - fr) * above + fr * under
 
 
-cdef int shade(Scene* s, Light* light, Hit* hit, uint32_t salt, float across, float along_sun, float* rgb) noexcept nogil:
+cdef inline bint bare(Scene* s, Hit* hit, float nx, float ny) noexcept nogil:
+    """Whether the map is lower than the hit a little way along (nx, ny): the wall is exposed on that side."""
+    return cell_height(s, <Py_ssize_t>(hit.at_row + 2.5 * ny), <Py_ssize_t>(hit.at_col + 2.5 * nx)) < hit.agl
+
+
+cdef int shade(Scene* s, Light* light, Hit* hit, float across, float along_sun, float* rgb) noexcept nogil:
     """Linear radiance of what a ray met: material, texture, sun with cast shadow, sky light.
 
-    Returns SUNNY if the sun shines there, plus FACADE if it is the wall of a building.
+    Returns SUNNY if the sun shines there, plus FACADE if it is the wall of a building, or LEAFY.
 
     The sun is a disc: (across, along_sun), each within -.5 .. .5, is the point of it that this ray asks.
     """
@@ -280,7 +285,7 @@ cdef int shade(Scene* s, Light* light, Hit* hit, uint32_t salt, float across, fl
     cdef float nx, ny, nz, facing, open_sky, texture, along, part, storey, dim, climb
     cdef float run_col, run_row
     cdef bint leafy = 2 <= <int>o[MATERIAL] <= 3
-    cdef bint first_face, other_face, window
+    cdef bint window
     cdef int k, base
     cdef uint32_t code
     cdef Py_ssize_t shift_row, shift_col
@@ -320,21 +325,18 @@ cdef int shade(Scene* s, Light* light, Hit* hit, uint32_t salt, float across, fl
             texture = 0.25
         for k in range(3):
             rgb[k] = o[base + k] * gain[k] * texture * (lit * light.sun[k] + open_sky * light.sky[k])
-        return SUNNY if lit > 0 else 0
+        return (SUNNY if lit > 0 else 0) + (LEAFY if leafy else 0)
     # A wall. Its plane follows the building's own axes; of the two that face the viewer, the exposed one.
     nx = o[COSINE]
     ny = o[SINE]
-    # Outwards is against the fall of the ray, which came from where the map is lower.
-    first_face = cell_height(s, <Py_ssize_t>floor(hit.at_row + 2.5 * ny), <Py_ssize_t>floor(hit.at_col + 2.5 * nx)) < hit.agl
-    if not first_face:
-        other_face = cell_height(s, <Py_ssize_t>floor(hit.at_row - 2.5 * ny), <Py_ssize_t>floor(hit.at_col - 2.5 * nx)) < hit.agl
-        if other_face:
+    if not bare(s, hit, nx, ny):
+        if bare(s, hit, -nx, -ny):
             nx = -nx
             ny = -ny
         else:
             nx = -o[SINE]
             ny = o[COSINE]
-            if not cell_height(s, <Py_ssize_t>floor(hit.at_row + 2.5 * ny), <Py_ssize_t>floor(hit.at_col + 2.5 * nx)) < hit.agl:
+            if not bare(s, hit, nx, ny):
                 nx = -nx
                 ny = -ny
     facing = nx * light.sun_x + ny * light.sun_y
@@ -358,11 +360,20 @@ cdef int shade(Scene* s, Light* light, Hit* hit, uint32_t salt, float across, fl
     # Near the ground, walls see less sky and more street.
     open_sky = open_sky * (0.5 + 0.2 * (hit.agl / (hit.agl + 8)))
     for k in range(3):
-        if window:
-            rgb[k] = o[GLASS] * (0.16 + 0.05 * k + 0.12 * unit(code)) * (0.25 * lit * light.sun[k] + 2.2 * open_sky * light.sky[k])
+        if window:  # glass shows the sky and a little sun, its tint from pane to pane its own
+            dim = o[GLASS] * (0.16 + 0.05 * k + 0.12 * unit(code))
+            rgb[k] = dim * (0.25 * lit * light.sun[k] + 2.2 * open_sky * light.sky[k])
         else:
-            rgb[k] = o[WALL_RED + k] * texture * (lit * light.sun[k] + open_sky * light.sky[k] + 0.06 * light.sun[k] * light.sun_z)
+            dim = 0.06 * light.sun_z  # light from the street
+            rgb[k] = o[WALL_RED + k] * texture * ((lit + dim) * light.sun[k] + open_sky * light.sky[k])
     return FACADE + (SUNNY if lit > 0 else 0)
+
+
+cdef inline bint differ(int here, int there, int things, float climb) noexcept nogil:
+    """Whether an edge worth more rays runs between two pixels; leaves against leaves are rough anyway."""
+    if here & there & LEAFY:
+        return False
+    return things != 0 or fabsf(climb) > 1 or (here ^ there) & SUNNY
 
 
 cdef void fill_scene(Scene* s, const float[:, ::1] height, const float[:, ::1] fine, const float[:, ::1] coarse,
@@ -423,11 +434,14 @@ def shadow(const float[:, ::1] height, const float[:, ::1] fine, const float[:, 
 
 
 def render(const float[:, ::1] height, const float[:, ::1] fine, const float[:, ::1] coarse, float top, float cell,
-           const int32_t[:, ::1] ids, const float[:, ::1] objects, const float[:, ::1] gains, const float[:, ::1] around,
-           const float[:, ::1] noise, const double[::1] camera, const float[::1] light_in,
+           const int32_t[:, ::1] ids, const float[:, ::1] objects, const float[:, ::1] gains,
+           const float[:, ::1] around, const float[:, ::1] noise, const double[::1] camera, const float[::1] light_in,
            float[:, :, ::1] rgb, float[:, ::1] agl, float[:, ::1] row, float[:, ::1] col,
            int32_t[:, ::1] seen, uint8_t[:, ::1] kind, uint8_t[:, ::1] lit):
-    """As `trace`, with the linear radiance and the object seen; edges of things and shadows, and walls, are averaged over three rays."""
+    """As `trace`, with the linear radiance, the object seen, and 1 in `lit` where the sun shines on it.
+
+    Edges of things and shadows, and walls, are averaged over three rays.
+    """
     cdef Scene s
     cdef View v
     cdef Light light
@@ -438,6 +452,8 @@ def render(const float[:, ::1] height, const float[:, ::1] fine, const float[:, 
     cdef float part[3]
     cdef float total[3]
     cdef bint edge
+    cdef int here, thing
+    cdef float h
     cdef double offset
     cdef uint32_t salt
     with nogil:
@@ -468,20 +484,18 @@ def render(const float[:, ::1] height, const float[:, ::1] fine, const float[:, 
                 kind[y, x] = hit.kind
                 seen[y, x] = s.ids[hit.row * s.cols + hit.col]
                 salt = mix(<uint32_t>(y * 65537 + x))
-                lit[y, x] = shade(&s, &light, &hit, salt, unit(salt) - <float>0.5, unit(salt + 1) - <float>0.5, &rgb[y, x, 0])
+                lit[y, x] = shade(&s, &light, &hit, unit(salt) - 0.5, unit(salt + 1) - 0.5, &rgb[y, x, 0])
         for y in range(rows):
             for x in range(cols):
                 edge = lit[y, x] & FACADE
-                if x > 0 and (seen[y, x] != seen[y, x - 1] or fabsf(agl[y, x] - agl[y, x - 1]) > 1):
-                    edge = True
-                elif y > 0 and (seen[y, x] != seen[y - 1, x] or fabsf(agl[y, x] - agl[y - 1, x]) > 1):
-                    edge = True
-                elif x > 0 and lit[y, x] != lit[y, x - 1] or y > 0 and lit[y, x] != lit[y - 1, x]:
-                    edge = True
-                elif x + 1 < cols and seen[y, x] != seen[y, x + 1]:
-                    edge = True
-                elif y + 1 < rows and seen[y, x] != seen[y + 1, x]:
-                    edge = True
+                if not edge:
+                    here = lit[y, x]
+                    thing = seen[y, x]
+                    h = agl[y, x]
+                    edge = x > 0 and differ(here, lit[y, x - 1], thing - seen[y, x - 1], h - agl[y, x - 1])
+                    edge |= y > 0 and differ(here, lit[y - 1, x], thing - seen[y - 1, x], h - agl[y - 1, x])
+                    edge |= x + 1 < cols and differ(here, lit[y, x + 1], thing - seen[y, x + 1], 0)
+                    edge |= y + 1 < rows and differ(here, lit[y + 1, x], thing - seen[y + 1, x], 0)
                 if not edge:
                     continue
                 # With the middle, three rays; the diagonal alternates, so that neighbours fill each other's gaps.
@@ -491,7 +505,7 @@ def render(const float[:, ::1] height, const float[:, ::1] fine, const float[:, 
                 for j in range(2):
                     offset = 0.3 if j else -0.3
                     hit = look(&s, &v, x + offset, y + (offset if (x + y) & 1 else -offset))
-                    shade(&s, &light, &hit, salt, 0.5 * (unit(salt) - j), 0.5 * (unit(salt + 1) - j), &part[0])
+                    shade(&s, &light, &hit, 0.5 * (unit(salt) - j), 0.5 * (unit(salt + 1) - j), &part[0])
                     for k in range(3):
                         total[k] += part[k]
                 for k in range(3):
