@@ -15,6 +15,7 @@ from geopose_dist.evaluate import predictions as files
 from geopose_dist.evaluate import score
 from geopose_dist.evaluate.evaluate import gather
 from geopose_dist.evaluate.moments import Moments, tile_moments
+from geopose_dist.kernels import scoring as score_kernel
 
 SCORING = Path(__file__).parents[1] / ".." / "shared" / "conformance" / "scoring"
 PUBLIC_NAMES = {  # where the public scorer's name differs from ours
@@ -292,6 +293,37 @@ def test_no_folder_is_one_sentence(tmp_path: Path) -> None:
         score(tmp_path / "nothing", tmp_path)
     with pytest.raises(UserError, match=r"no KEY_AGL.tif"):
         score(tmp_path, tmp_path)
+
+
+def test_the_kernel_sums_what_numpy_sums() -> None:
+    rng = np.random.default_rng(7)
+    metres = rng.uniform(-2, 80, (61, 83))
+    metres[rng.random(metres.shape) < 0.1] = np.nan
+    kinds = {np.uint16: 0.01, np.float32: 1.0, np.float64: 1.0}
+    for p_kind, p_unit in kinds.items():
+        predicted = (rng.uniform(0, 80, metres.shape) / p_unit).astype(p_kind)
+        for t_kind, t_unit in kinds.items():
+            true = np.where(np.isnan(metres), 65535, np.nan_to_num(metres).clip(0) / t_unit).astype(t_kind)
+            if t_kind is not np.uint16:
+                true[np.isnan(metres)] = np.nan
+            given = (predicted, true[::-1], p_unit, t_unit, 0.8, 0.9, 0.3, 11.0)
+            np.testing.assert_allclose(
+                score_kernel.pixel_sums(*given), score_kernel.pixel_sums_slow(*given), rtol=1e-10
+            )
+    with pytest.raises(ValueError, match="must agree"):
+        score_kernel.pixel_sums(metres, metres[1:], 1, 1, 1, 1, 0, 0)
+    with pytest.raises(ValueError, match="int64"):
+        score_kernel.pixel_sums(metres, np.zeros(metres.shape, np.int64), 1, 1, 1, 1, 0, 0)
+
+
+def test_heights_in_centimetres_are_clipped_and_counted() -> None:
+    agl_m = np.array([[-1, 0.004, 0.006, 655.34, 655.36]], np.float32)
+    heights, clipped = files.heights_cm(agl_m)
+    assert heights.tolist() == [[0, 0, 1, 65534, 65534]]
+    assert clipped == 2
+    for wrong in (np.nan, np.inf):
+        with pytest.raises(ValueError, match="1 NaN or infinite"):
+            files.heights_cm(np.array([[0, wrong]], np.float32))
 
 
 def test_written_heights_come_back_and_angles_stay_in_range(tmp_path: Path) -> None:

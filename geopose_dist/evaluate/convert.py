@@ -103,7 +103,7 @@ def _convert_one(job: _Job) -> tuple[list[str], int]:
         problems.append(str(error))
     if problems:
         return problems, 0
-    centimetres, clipped = geometry.agl_cm_from_m(heights.astype(np.float32), unknown_allowed=False)
+    centimetres, clipped = files.heights_cm(heights.astype(np.float32))
     write_bytes(targets[0], files.encode_agl(centimetres))
     write_bytes(targets[1], files.encode_vflow(scale, angle))
     return [], clipped

@@ -19,15 +19,12 @@ import numpy.typing as npt
 
 from geopose_dist import geometry
 from geopose_dist.geometry import F64
+from geopose_dist.kernels import scoring
 
 CITIES = ("ARG", "ATL", "JAX", "OMA")
 """The four cities of the benchmark."""
 EPSILON = 1e-4
 """Added to SST by the public scorer."""
-_BLOCK = 8192
-"""Pixels at a time: a few float64 arrays of this length stay in the fast cache, and OpenBLAS keeps dot
-products of up to 10,000 numbers on one thread, whose order of summing is fixed."""
-
 FIELDS = (
     "known",  # pixels with true height
     "mean_m",  # true height: mean and sum of squares around it
@@ -96,8 +93,11 @@ def tile_moments(
     t_scale, t_angle = (float(true_scale or 0.0), float(true_angle or 0.0)) if posed else (0.0, 0.0)
     turn = math.sin((pred_angle - t_angle) / 2) ** 2
     # Squared distance of two vectors: (difference of lengths)^2 + 4 product of lengths sin^2(half the angle).
-    sums = _pixel_sums(predicted, true, predicted_unit_m, true_unit_m, pred_scale, t_scale, 4 * turn)
-    n, offset, shifted, shifted2, cross, abs_d, sse_d, abs_g, sse_g, epe = sums
+    offset = _near_mean(true, true_unit_m)
+    sums = scoring.pixel_sums(
+        predicted, true, predicted_unit_m, true_unit_m, pred_scale, t_scale, 4 * turn, offset
+    )
+    n, shifted, shifted2, cross, abs_d, sse_d, abs_g, sse_g, epe = sums
     if not math.isfinite(cross + sse_d):
         raise ValueError("predicted heights hold NaN or infinity; a prediction must be finite everywhere")
     mean = offset + shifted / n if n else 0.0
@@ -117,55 +117,13 @@ def tile_moments(
     return TileMoments(city, np.array(values, np.float64))
 
 
-def _pixel_sums(
-    predicted: npt.NDArray[Any],
-    true: npt.NDArray[Any],
-    p_unit: float,
-    t_unit: float,
-    p_scale: float,
-    t_scale: float,
-    turn4: float,
-) -> tuple[float, ...]:
-    """Sums over the pixels with a true height; see the names where it is called."""
-    flat_p, flat_t = predicted.reshape(-1), true.reshape(-1)
-    count, offset, first = 0, 0.0, True
-    totals = np.zeros(8)
-    p, t, d, g = (np.empty(_BLOCK) for _ in range(4))
-    for begin in range(0, flat_t.size, _BLOCK):
-        piece = flat_t[begin : begin + _BLOCK]
-        m = piece.size
-        np.multiply(piece, t_unit, out=t[:m])
-        np.multiply(flat_p[begin : begin + m], p_unit, out=p[:m])
-        unknown = piece == geometry.NO_DATA_CM if piece.dtype == np.uint16 else np.isnan(piece)
-        here = m - int(np.count_nonzero(unknown))
-        if here == 0:
-            continue
-        if here < m:
-            keep = ~unknown
-            t[:here], p[:here] = t[:m][keep], p[:m][keep]
-        a, b, c, e = t[:here], p[:here], d[:here], g[:here]
-        if first:  # sums of squares around something near the mean lose no digits
-            offset, first = float(a.mean()), False
-        count += here
-        np.subtract(a, offset, out=c)
-        s1, s2 = c.sum(), c @ c
-        cross = a @ b
-        np.subtract(b, a, out=c)
-        sse_d = c @ c
-        abs_d = np.abs(c, out=c).sum()
-        np.multiply(b, p_scale, out=c)
-        np.multiply(a, t_scale, out=e)
-        np.subtract(c, e, out=c)
-        np.multiply(c, c, out=e)
-        sse_g = e.sum()
-        abs_g = np.abs(c, out=c).sum()
-        np.multiply(a, b, out=c)
-        c *= turn4 * p_scale * t_scale
-        e += c
-        np.maximum(e, 0.0, out=e)  # rounding, where a height is negative
-        epe = np.sqrt(e, out=e).sum()
-        totals += (s1, s2, cross, abs_d, sse_d, abs_g, sse_g, epe)
-    return (float(count), offset, *map(float, totals))
+def _near_mean(true: npt.NDArray[Any], unit: float) -> float:
+    """A height in metres near the mean of the first known ones; squares around it lose no digits."""
+    for row in true:
+        known = row[row != geometry.NO_DATA_CM] if row.dtype == np.uint16 else row[~np.isnan(row)]
+        if known.size:
+            return float(known.mean(dtype=np.float64)) * unit
+    return 0.0
 
 
 @dataclass

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from geopose_dist import geometry
 from geopose_dist.errors import UserError
-from geopose_dist.geometry import U16
+from geopose_dist.geometry import F32, U16
 
 _NAME = re.compile(r"(?P<key>[^.].*)_(?:(?P<agl>AGL\.tiff?)|(?P<vflow>VFLOW\.json))", re.IGNORECASE)
 
@@ -177,6 +177,27 @@ def read_vflow(path: Path) -> tuple[float, float]:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"{path}: {name} is {value!r}; wanted a number")
     return float(scale), float(angle)
+
+
+def heights_cm(agl_m: F32) -> tuple[U16, int]:
+    """Predicted heights in metres [H, W] as uint16 centimetres, and how many pixels had to be clipped.
+
+    As `geometry.agl_cm_from_m` for heights that are finite everywhere (ValueError if not), in a tenth of its
+    time, by float32: a height within 0.01 mm of half a centimetre may round the other way.
+    """
+    lowest, highest = float(agl_m.min()), float(agl_m.max())
+    if not np.isfinite(lowest + highest):
+        wrong = int((~np.isfinite(agl_m)).sum())
+        raise ValueError(
+            f"agl_m holds {wrong} NaN or infinite heights; a prediction must be finite everywhere"
+        )
+    cm = np.multiply(agl_m, np.float32(geometry.CM_PER_M), dtype=np.float32)
+    np.rint(cm, out=cm)
+    clipped = 0
+    if lowest < 0 or highest * geometry.CM_PER_M > geometry.MAX_AGL_CM:
+        clipped = int(((cm < 0) | (cm > geometry.MAX_AGL_CM)).sum())
+        np.clip(cm, 0, geometry.MAX_AGL_CM, out=cm)
+    return cm.astype(np.uint16), clipped
 
 
 def encode_agl(agl_cm: U16) -> bytes:

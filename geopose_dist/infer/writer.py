@@ -33,7 +33,7 @@ def write_pose(folder: Path, key: str, pose: TilePose, unit: str) -> None:
         write_bytes(vflow, (json.dumps(facts) + "\n").encode())
         write_bytes(agl, _encode_metres(pose.agl_m))
         return
-    agl_cm, clipped = geometry.agl_cm_from_m(pose.agl_m, unknown_allowed=False)
+    agl_cm, clipped = predictions.heights_cm(pose.agl_m)
     assert clipped == 0, "the predictor keeps heights inside what a file can hold"
     write_bytes(vflow, predictions.encode_vflow(pose.scale_px_per_m, pose.angle_rad))
     write_bytes(agl, predictions.encode_agl(agl_cm))
