@@ -82,8 +82,11 @@ def image_size(path: Path) -> tuple[int, int] | None:
     if _extension(path) in TIFF:
         found = tiff_kind(path)
         return None if found is None else found[0]
-    with path.open("rb") as file:
-        return claimed_size(file.read(HEADER_BYTES))
+    try:
+        with path.open("rb") as file:
+            return claimed_size(file.read(HEADER_BYTES))
+    except OSError:
+        return None
 
 
 def tiff_kind(path: Path) -> tuple[tuple[int, int], np.dtype[Any]] | None:

@@ -102,7 +102,7 @@ def scan(source: Path) -> Layout:
             f"{source}: no images; wanted files named CITY_ID_RGB.{'|'.join(images.RGB_EXTENSIONS)}, or "
             f"the challenge's folders or archives; found: {', '.join(names) or 'nothing'}"
         )
-    layouts_tables.check_rows(tables, source, {folder.name: folder for folder, _ in folders}, problems)
+    layouts_tables.check_rows(tables, {folder.name: folder for folder, _ in folders}, problems)
     tiles = [
         replace(tile, gsd_m=tables.gsd_m(key), place=tables.place(key)) for key, tile in sorted(found.items())
     ]

@@ -36,11 +36,13 @@ class Tables:
         gsd: ground metres per pixel.
         places: names of places.
         lists: rows of the lists that are there, by file name.
+        paths: where these lists are, by file name.
     """
 
     gsd: dict[str, float] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
     lists: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    paths: dict[str, Path] = field(default_factory=dict)
 
     @property
     def is_challenge(self) -> bool:
@@ -72,6 +74,7 @@ def read(source: Path, problems: list[Problem]) -> Tables:
     for name, (_, columns) in LISTS.items():
         path = find(name)
         if path is not None:
+            tables.paths[name] = path
             tables.lists[name] = _rows(path, ("id", *columns), problems)
     return tables
 
@@ -134,7 +137,7 @@ def _by_id(
     return found
 
 
-def check_rows(tables: Tables, source: Path, folders: dict[str, Path], problems: list[Problem]) -> None:
+def check_rows(tables: Tables, folders: dict[str, Path], problems: list[Problem]) -> None:
     """Rows of the challenge's lists whose files are not there, and ids that stand there twice.
 
     A list whose whole folder is absent is no problem: test tiles are predicted without the training tiles.
@@ -148,7 +151,7 @@ def check_rows(tables: Tables, source: Path, folders: dict[str, Path], problems:
         for row in rows:
             if row["id"] in seen:
                 problems.append(
-                    Problem(f"{source / name}: id {row['id']} stands there twice; remove one row")
+                    Problem(f"{tables.paths[name]}: id {row['id']} stands there twice; remove one row")
                 )
             seen.add(row["id"])
             for column in LISTS[name][1]:

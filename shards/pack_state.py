@@ -68,7 +68,8 @@ class State:
         keys_sha = hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16]
         finished = (self.out / manifest.MANIFEST_NAME).is_file()
         about = dict(self.about, tiles=len(keys), keys_sha256=keys_sha)
-        if path.is_file():
+        begun = finished or any((self.folder / "records").glob("*.json"))
+        if path.is_file() and begun:  # a first try that wrote no shard binds nobody
             self._compare(json.loads(path.read_bytes()), about, finished)
         elif finished:
             raise UserError(

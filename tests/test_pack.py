@@ -291,6 +291,13 @@ def test_another_recipe_or_source_in_one_folder_is_refused(dataset, tmp_path):
         run_pack(dataset, tmp_path / "out")
 
 
+def test_a_first_try_that_wrote_nothing_binds_nobody(dataset, tmp_path):
+    write_tile(tmp_path / "wrong", "OMA_a", 1, size=(63, 64))
+    with pytest.raises(FoundProblems):
+        run_pack(tmp_path / "wrong", tmp_path / "out")
+    run_pack(dataset, tmp_path / "out")
+
+
 def test_odd_sizes(tmp_path):
     write_tile(tmp_path / "data", "OMA_a", 1, size=(63, 64))
     write_tile(tmp_path / "data", "OMA_b", 2, size=(64, 65))
