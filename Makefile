@@ -43,7 +43,7 @@ clean:  ## everything that the targets made, .venv included
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,pretrained]'
 	touch $@
 
-# An edited kernel is compiled again without asking pip (pip has just built it where .installed is newer).
-.venv/.built: .venv/.installed setup.py $(KERNELS)
-	$(BIN)/python setup.py --quiet build_ext --inplace
+# pip has compiled the kernels; one that was edited since is compiled again without asking pip.
+.venv/.built: .venv/.installed $(KERNELS)
+	[ -z "$$(find $(KERNELS) -newer .venv/.installed)" ] || $(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
