@@ -23,7 +23,7 @@ check: setup  ## style, types, import layers
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/cython-lint geopose_dist/kernels
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cython-lint geopose_dist/kernels  # it calls pycodestyle by name
 
 soak: setup  ## many rounds of what must never fail
 	$(BIN)/python -m pytest -m soak
