@@ -235,7 +235,8 @@ def _print_table(rows: list[Row], facts: Mapping[str, Any]) -> None:
         table.add_column(column, justify="right" if numbers else "left")
     for row in rows:
         table.add_row(*(_shown(row.get(column, "")) for column in columns))
-    console = Console()
+    # A log file is no terminal, and a number cut to fit is no number.
+    console = Console() if sys.stdout.isatty() else Console(width=200)
     console.print(table)
     console.print(facts["verdict"], markup=False)
 
