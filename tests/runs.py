@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,8 @@ def launch(command: list[str], ranks: int) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # One thread, as each of two ranks has on two cores: more would sum in another order.
+        env=dict(os.environ, OMP_NUM_THREADS="1"),
     )
 
 

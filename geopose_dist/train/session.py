@@ -21,6 +21,7 @@ from geopose_dist.augment import Augmenter
 from geopose_dist.data import manifest
 from geopose_dist.data.loader import train_loader
 from geopose_dist.data.manifest import ShardSet
+from geopose_dist.data.reader import open_shards
 from geopose_dist.errors import UserError
 from geopose_dist.metrics_log import MetricsLog
 from geopose_dist.metrics_log import Progress as ProgressBar
@@ -161,7 +162,7 @@ def open_session(recipe: TrainRecipe, world: World) -> Session:
     """Open data, network and checkpoint of a run; every mistake in the recipe shows here (UserError)."""
     if not recipe.data.shards:
         raise UserError("data.shards is not set; name the folder that `geopose pack` made: --data.shards DIR")
-    shards = manifest.open_split(recipe.data.shards, recipe.data.train_split)
+    shards = open_shards(recipe.data.shards, recipe.data.train_split)
     validation = _validation_split(recipe, world)
     recipe = replace(recipe, model=with_data_means(recipe.model, shards))
     run = Path(recipe.out)
@@ -250,7 +251,7 @@ def _validation_split(recipe: TrainRecipe, world: World) -> ShardSet | None:
                 file=sys.stderr,
             )
         return None
-    return manifest.open_split(recipe.data.shards, recipe.data.validation_split)
+    return open_shards(recipe.data.shards, recipe.data.validation_split)
 
 
 def start_weights(net: GeoposeNet, recipe: TrainRecipe, stored: Snapshot | None) -> str:

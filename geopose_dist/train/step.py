@@ -61,7 +61,8 @@ class Stepper:
         if recipe.compile != "off":
             net.compile(mode=None if recipe.compile == "default" else recipe.compile)
         self.wrapped = wrap(net, world)
-        self._buffers = [b for b in net.buffers() if b.is_floating_point()]
+        running = ("running_mean", "running_var")
+        self._buffers = [buffer for name, buffer in net.named_buffers() if name.endswith(running)]
         self._settle_buckets()
 
     def step(self, batches: Sequence[Batch], number: int, first_micro_batch: int) -> StepResult:
