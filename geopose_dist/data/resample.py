@@ -128,10 +128,7 @@ def _reduce_blocks(blocks: F32, edged: Bools) -> F32:
     result = np.full(len(blocks), np.nan, dtype=np.float32)
     enough = np.flatnonzero(2 * known.sum(axis=1) > k)
     blocks, chosen = blocks[enough], known[enough]
-    # Where unknown pixels keep two surfaces from touching, no step shows the edge; a gap in height does.
-    gaps = np.nan_to_num(np.diff(np.sort(blocks, axis=1)))
-    hidden: Bools = np.greater(gaps.max(axis=1), EDGE_M) & ~np.all(chosen, axis=1)
-    split = np.flatnonzero(edged[enough] | (hidden & (k > 4)))
+    split = np.flatnonzero(edged[enough] | _hidden_edges(blocks, chosen))
     if split.size:
         chosen[split] &= _larger_surface(blocks[split])
     # Symmetric pairs: pixel j and pixel k-1-j are opposite about the centre.
@@ -140,6 +137,30 @@ def _reduce_blocks(blocks: F32, edged: Bools) -> F32:
     total = np.where(counted, blocks, 0).sum(axis=1, dtype=np.float64)
     result[enough] = total / counted.sum(axis=1)
     return result
+
+
+def _hidden_edges(blocks: F32, known: Bools) -> Bools:
+    """Whether unknown pixels keep two surfaces of a block [N, k] from touching, so that no step shows the edge.
+
+    A gap in height does, unless the known pixels lie on one gentle plane. Blocks of 2 x 2 cannot hide an edge.
+    """
+    hidden: Bools = np.zeros(len(blocks), dtype=np.bool_)
+    side = round(blocks.shape[1] ** 0.5)
+    if side == 2 or not len(blocks):
+        return hidden
+    gaps = np.nan_to_num(np.diff(np.sort(blocks, axis=1)))
+    hidden = np.greater(gaps.max(axis=1), EDGE_M) & ~np.all(known, axis=1)
+    at = np.flatnonzero(hidden)
+    r, c = np.indices((side, side)).reshape(2, -1) - (side - 1) / 2
+    design = np.stack([np.ones(side * side), r, c], axis=1)  # height = level + down * r + right * c
+    heights = np.where(known[at], blocks[at], 0).astype(np.float64)
+    # More than half of the pixels are known: they never lie on one line, so the equations have a solution.
+    normal = np.einsum("nk,ki,kj->nij", known[at].astype(np.float64), design, design)
+    planes = np.linalg.solve(normal, (heights @ design)[:, :, None])[:, :, 0]
+    residual = np.abs(np.where(known[at], planes @ design.T - heights, 0)).max(axis=1)
+    gentle = (residual <= SLOPE_TOLERANCE_M) & (np.abs(planes[:, 1:]).max(axis=1) <= EDGE_M)
+    hidden[at[gentle]] = False
+    return hidden
 
 
 def _larger_surface(blocks: F32) -> Bools:
