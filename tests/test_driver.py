@@ -164,6 +164,25 @@ def test_sources(tiles: Path, tmp_path: Path, checkpoint: Path) -> None:
         keys(tmp_path / "notes.txt")
 
 
+def test_shards_give_what_their_folder_gives(
+    tiles: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = tmp_path / "shards"
+    shutil.rmtree(tiles)
+    write_tiles(tiles, 3)
+    for key in ("JAX_tile00", "JAX_tile01", "JAX_tile02"):
+        tifffile.imwrite(tiles / f"{key}_AGL.tif", np.zeros((128, 128), np.uint16))
+        (tiles / f"{key}_VFLOW.json").write_text('{"scale": 0.01, "angle": 1}')
+    assert cli.main(["pack", "--source", str(tiles), "--out", str(shards), "--workers", "1"]) == 0
+    capsys.readouterr()
+    assert predict(shards, checkpoint, tmp_path / "a", "--dispatch", "inline") == 2
+    assert "no split test in these shards; name one by --split: train" in capsys.readouterr().err
+    assert predict(shards, checkpoint, tmp_path / "a", "--dispatch", "inline", "--split", "train") == 0
+    assert predict(tiles, checkpoint, tmp_path / "b", "--dispatch", "inline") == 0
+    assert tifffile.imread(tmp_path / "a" / "JAX_tile00_AGL.tif").shape == (128, 128)  # at full resolution
+    assert outputs(tmp_path / "a") == outputs(tmp_path / "b")
+
+
 def test_real_jpeg2000_is_predicted_and_the_15_bit_one_refused(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -257,6 +276,34 @@ def test_killed_actor_and_killed_driver_leave_the_same_files(
     second = start(source, checkpoint, out, log, "--dispatch", kind)
     assert second.wait(timeout=300) == 0, log.read_text()
     assert "200 of 200 tiles predicted" in log.read_text()
+    assert outputs(out) == outputs(undisturbed)
+
+
+@pytest.mark.slow
+def test_a_node_of_a_cluster_dies_and_the_files_are_the_same(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 4)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    source, undisturbed, out, log = (tmp_path / name for name in ("tiles", "undisturbed", "out", "log"))
+    write_tiles(source, 300)
+    assert predict(source, checkpoint, undisturbed, "--dispatch", "inline") == 0
+    command = [sys.executable, str(Path(__file__).with_name("two_nodes.py"))]
+    pipe, noise = subprocess.PIPE, subprocess.DEVNULL
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=noise, text=True) as cluster:
+        assert cluster.stdin is not None
+        assert cluster.stdout is not None
+        address = cluster.stdout.readline().strip()
+        job = start(source, checkpoint, out, log, "--ray-address", address)
+        wait_for_files(out, 20, job)
+        assert job.poll() is None, log.read_text()
+        print("kill", file=cluster.stdin, flush=True)
+        assert cluster.stdout.readline() == "killed\n"
+        assert job.wait(timeout=300) == 0, log.read_text()
+        cluster.stdin.close()
+    assert "predict, 2 ray actors" in log.read_text()
     assert outputs(out) == outputs(undisturbed)
 
 

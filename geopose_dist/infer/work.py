@@ -184,8 +184,4 @@ def fix_batches(tiles: list[TileSource], batch: int) -> list[WorkItem]:
 
 def facts_of(spec: WorkSpec) -> dict[str, object]:
     """What of a specification changes outputs, as plain values."""
-    return {
-        "net": dataclasses.asdict(spec.net),
-        "unit": spec.unit,
-        "reduced_by": spec.reduced_by,
-    }
+    return {"net": dataclasses.asdict(spec.net), "unit": spec.unit}
