@@ -21,25 +21,23 @@ I16 = npt.NDArray[np.int16]
 
 
 def invert_flow(flow_xy: I16, magnitude_px: F32, fac: float) -> tuple[F32, U8]:
-    """Forward splat onto a grid reduced by `fac` (1, 1/2 or 1/4); the largest magnitude wins.
+    """Forward splat onto a grid reduced by `fac`; the largest magnitude wins.
 
     Args:
         flow_xy: int16 [H, W, 2].
         magnitude_px: float32 [H, W].
-        fac: size of the grid, as a share of the tile.
+        fac: size of the grid, as a share of the tile (1/2 and 1/4 were recorded).
 
     Returns:
         (flow float32 [H, W, 2] of what landed, 0 in holes, mask uint8 [H, W], 255 in holes), both enlarged
         bilinearly.
     """
     rows, cols = magnitude_px.shape
-    step = round(1 / fac)
-    grid_rows, grid_cols = rows // step, cols // step
-    to_row = (np.arange(rows, dtype=np.int32)[:, None] + flow_xy[..., 1]) // step
-    to_col = (np.arange(cols, dtype=np.int32)[None, :] + flow_xy[..., 0]) // step
+    grid_rows, grid_cols = int(rows * fac), int(cols * fac)
+    to_row = np.floor((np.arange(rows)[:, None] + flow_xy[..., 1]) * fac).astype(np.intp)
+    to_col = np.floor((np.arange(cols)[None, :] + flow_xy[..., 0]) * fac).astype(np.intp)
+    lands = (to_row >= 0) & (to_row < grid_rows) & (to_col >= 0) & (to_col < grid_cols)
     nowhere = grid_rows * grid_cols
-    # As unsigned, negative numbers are large: one comparison for both ends.
-    lands = (to_row.view(np.uint32) < grid_rows) & (to_col.view(np.uint32) < grid_cols)
     cell = np.where(lands, to_row * grid_cols + to_col, nowhere).ravel()
     tallest = np.full(nowhere + 1, -1, np.float32)
     np.maximum.at(tallest, cell, magnitude_px.ravel())

@@ -196,6 +196,10 @@ def gather(
     rows, cols = (int(side) for side in size)
     if not (1 <= rows <= MAX_SIDE and 1 <= cols <= MAX_SIDE):
         raise ValueError(f"size is {size}; wanted sides of 1 to {MAX_SIDE}")
+    if raised is None:
+        turned = _turn(rgb, None if agl_m is None else agl, m, (rows, cols))
+        if turned is not None:
+            return *turned, None
     shift, dir_y, dir_x, per_shift = _NO_AGL, 0.0, 0.0, 0.0
     if raised is not None:
         shift = _check_plane(raised.shift_px, "raised.shift_px", rgb)
@@ -210,6 +214,28 @@ def gather(
         out_rgb, out_agl, inside,
     )  # fmt: skip
     return out_rgb, out_agl if agl_m is not None else None, inside.view(np.bool_) if outside else None
+
+
+def _turn(
+    rgb: U8, agl_m: F32 | None, m: npt.NDArray[np.float64], size: tuple[int, int]
+) -> tuple[U8, F32 | None] | None:
+    """`gather` where nothing needs to be interpolated or filled: a copy with axes turned; else None."""
+    linear = m[:, :2]
+    if not (np.array_equal(np.abs(linear), np.eye(2)) or np.array_equal(np.abs(linear), np.eye(2)[::-1])):
+        return None
+    corners = m @ np.array([[0, size[0] - 1], [0, size[1] - 1], [1, 1]])
+    low, high = corners.min(axis=1), corners.max(axis=1)
+    if (m[:, 2] % 1 != 0).any() or (low < 0).any() or (high >= rgb.shape[:2]).any():
+        return None
+    cols = rgb.shape[1]
+    step = [cols, 1] @ m
+    out_rgb = np.empty((*size, 3), np.uint8)
+    out_agl = np.empty(size if agl_m is not None else (1, 1), np.float32)
+    _gather.turn(
+        rgb, _NO_AGL if agl_m is None else agl_m, agl_m is not None,
+        int(step[2]), int(step[0]), int(step[1]), out_rgb, out_agl,
+    )  # fmt: skip
+    return out_rgb, out_agl if agl_m is not None else None
 
 
 def _at_least_2(array: npt.NDArray[T]) -> npt.NDArray[T]:

@@ -34,37 +34,46 @@ cdef extern from *:
         }
     }
 
-    /* Eight steps at once, k .. k + 7, so that last[] is read and written once. Masks, not conditions: the
+    /* Four steps at once, k .. k + 3, so that last[] is read and written once. Masks, not conditions: the
        compiler would make branches of those. */
-    GP_CLONES static void gp_march8(const float *restrict from, const int *restrict off, const float *restrict t, int k,
+    GP_CLONES static void gp_march4(const float *restrict from, const int *restrict off, const float *restrict t, int k,
                                     int *restrict last, Py_ssize_t n) {
         const float *s0 = from + off[0], *s1 = from + off[1], *s2 = from + off[2], *s3 = from + off[3];
-        const float *s4 = from + off[4], *s5 = from + off[5], *s6 = from + off[6], *s7 = from + off[7];
-        const float t0 = t[0], t1 = t[1], t2 = t[2], t3 = t[3], t4 = t[4], t5 = t[5], t6 = t[6], t7 = t[7];
+        const float t0 = t[0], t1 = t[1], t2 = t[2], t3 = t[3];
         for (Py_ssize_t i = 0; i < n; i++) {
             int mine = last[i], m;
             m = -(int)(s0[i] >= t0) & (k + 0); mine = mine > m ? mine : m;
             m = -(int)(s1[i] >= t1) & (k + 1); mine = mine > m ? mine : m;
             m = -(int)(s2[i] >= t2) & (k + 2); mine = mine > m ? mine : m;
             m = -(int)(s3[i] >= t3) & (k + 3); mine = mine > m ? mine : m;
-            m = -(int)(s4[i] >= t4) & (k + 4); mine = mine > m ? mine : m;
-            m = -(int)(s5[i] >= t5) & (k + 5); mine = mine > m ? mine : m;
-            m = -(int)(s6[i] >= t6) & (k + 6); mine = mine > m ? mine : m;
-            m = -(int)(s7[i] >= t7) & (k + 7); mine = mine > m ? mine : m;
             last[i] = mine;
         }
     }
 
-    /* The crossing between the last step that is tall enough and the next one. Not cloned: AVX2 would fetch
-       by its gather instruction, which is slower here than single loads. */
-    static void gp_cross(const float *restrict from, const int *restrict off, const float *restrict t,
-                         const int *restrict last, float *restrict out, Py_ssize_t n) {
+    /* The crossing between the last step that is tall enough and the next one. Fetching is left to single loads
+       and arithmetic to vectors: AVX2's gather instruction is slower than both. n is at most 64. */
+    __attribute__((optimize("no-tree-vectorize")))
+    static void gp_fetch(const float *restrict from, const int *restrict off, const int *restrict last,
+                         float *restrict lo, float *restrict hi, Py_ssize_t n) {
         for (Py_ssize_t i = 0; i < n; i++) {
-            int k = last[i];
-            float lo = from[i + off[k]], hi = from[i + off[k + 1]];
-            float q0 = lo - t[k], q1 = t[k + 1] - hi;
-            out[i] = lo + q0 / (q0 + q1) * (hi - lo);
+            const int *o = off + last[i];
+            lo[i] = from[i + o[0]];
+            hi[i] = from[i + o[1]];
         }
+    }
+
+    GP_CLONES static void gp_solve(const float *restrict lo, const float *restrict hi, const int *restrict last,
+                                   float length, float *restrict out, Py_ssize_t n) {
+        for (Py_ssize_t i = 0; i < n; i++) {
+            float q0 = lo[i] - (float)last[i] * length, q1 = (float)(last[i] + 1) * length - hi[i];
+            out[i] = lo[i] + q0 / (q0 + q1) * (hi[i] - lo[i]);
+        }
+    }
+
+    static void gp_cross(const float *from, const int *off, const int *last, float length, float *out, Py_ssize_t n) {
+        float lo[64], hi[64];
+        gp_fetch(from, off, last, lo, hi, n);
+        gp_solve(lo, hi, last, length, out, n);
     }
 
     /* The same where the last step is 0 everywhere: between the pixel itself and its first step. */
@@ -97,8 +106,8 @@ cdef extern from *:
     }
     """
     void gp_march(const float *src, int *last, Py_ssize_t n, float t, int k) noexcept nogil
-    void gp_march8(const float *src, const int *off, const float *t, int k, int *last, Py_ssize_t n) noexcept nogil
-    void gp_cross(const float *src, const int *off, const float *t, const int *last, float *out,
+    void gp_march4(const float *src, const int *off, const float *t, int k, int *last, Py_ssize_t n) noexcept nogil
+    void gp_cross(const float *src, const int *off, const int *last, float length, float *out,
                   Py_ssize_t n) noexcept nogil
     void gp_cross0(const float *here, const float *next, float *out, Py_ssize_t n, float length) noexcept nogil
     Py_ssize_t gp_shift(const float *agl, float *out, float *column, Py_ssize_t n, float c) noexcept nogil
@@ -108,7 +117,7 @@ cdef enum:
     TILE_ROWS = 16
     TILE_COLS = 64
     BLOCK = 16
-    CHUNK = 8
+    CHUNK = 4
 
 
 cdef void reduce_columns(float[:, ::1] blocks, Py_ssize_t block_row, float *column, Py_ssize_t cols) noexcept nogil:
@@ -261,7 +270,7 @@ def follow(const float[:, ::1] shift, const float[:, ::1] blocks, float[:, ::1] 
             oy[k] = <int>nearest(k * length * dir_y)
             ox[k] = <int>nearest(k * length * dir_x)
             off[k] = <int>(oy[k] * cols + ox[k])
-            t[k] = <float>(k * length)
+            t[k] = <float>k * <float>length
         follow_tiles(shift, blocks, out, oy, ox, off, t, reach)
     free(oy)
     free(ox)
@@ -299,7 +308,7 @@ cdef void follow_tiles(const float[:, ::1] shift, const float[:, ::1] blocks, fl
                 for y in range(ty, y1):
                     row = &last[(y - ty) * TILE_COLS]
                     if within:
-                        gp_march8(&shift[y, tx], off + k0, t + k0, <int>k0, row, x1 - tx)
+                        gp_march4(&shift[y, tx], off + k0, t + k0, <int>k0, row, x1 - tx)
                     else:
                         march_clipped(shift, oy, ox, t, k0, k1, y, tx, x1, row)
             # The next step after the farthest that may have been the last one.
@@ -310,14 +319,14 @@ cdef void follow_tiles(const float[:, ::1] shift, const float[:, ::1] blocks, fl
                 if not within:
                     cross_clipped(shift, out, oy, ox, t, row, farthest > 0, y, tx, x1)
                 elif farthest > 0:
-                    gp_cross(&shift[y, tx], off, t, row, &out[y, tx], x1 - tx)
+                    gp_cross(&shift[y, tx], off, row, t[1], &out[y, tx], x1 - tx)
                 else:
                     gp_cross0(&shift[y, tx], &shift[y, tx] + off[1], &out[y, tx], x1 - tx, t[1])
 
 
 cdef void march_clipped(const float[:, ::1] shift, const int *oy, const int *ox, const float *t, Py_ssize_t k0,
                         Py_ssize_t k1, Py_ssize_t y, Py_ssize_t tx, Py_ssize_t x1, int *row) noexcept nogil:
-    """gp_march8 where some steps are off the tile."""
+    """gp_march4 where some steps are off the tile."""
     cdef Py_ssize_t k, sy, low, high
     for k in range(k0, k1 + 1):
         sy = y + oy[k]

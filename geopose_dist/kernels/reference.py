@@ -78,12 +78,12 @@ def invert_flow(
     for row, col in np.ndindex(shift.shape):
         for k in range(reach, -1, -1):
             here = (row + steps[k][0], col + steps[k][1])
-            if not _inside(*here, shift.shape) or (k and shift[here] < np.float32(k * length)):
+            if not _inside(*here, shift.shape) or (k and shift[here] < np.float32(k) * np.float32(length)):
                 continue
             after = (row + steps[k + 1][0], col + steps[k + 1][1])
-            short = shift[here] - np.float32(k * length)
+            short = shift[here] - np.float32(k) * np.float32(length)
             if _inside(*after, shift.shape):
-                over = np.float32((k + 1) * length) - shift[after]
+                over = np.float32(k + 1) * np.float32(length) - shift[after]
                 out[row, col] = shift[here] + short / (short + over) * (shift[after] - shift[here])
             elif short <= 0.5 * np.float32(length):
                 out[row, col] = shift[here]
