@@ -201,6 +201,14 @@ SPOILT = {
         "'1'",
     ),
     "cut JSON": (lambda pred: (pred / "ATL_YBCtlE_VFLOW.json").write_text('{"scale": 0.0'), "cannot be read"),
+    "nested JSON": (
+        lambda pred: (pred / "ATL_YBCtlE_VFLOW.json").write_text("[" * 100_000),
+        "ATL_YBCtlE_VFLOW.json: cannot be read",
+    ),
+    "endless number": (
+        lambda pred: (pred / "ATL_YBCtlE_VFLOW.json").write_text('{"scale": 1' + "0" * 400 + ', "angle": 1}'),
+        "too large a number",
+    ),
     "extra tile": (
         lambda pred: shutil.copy(pred / "ATL_YBCtlE_VFLOW.json", pred / "ATL_zzzzzz_VFLOW.json"),
         "ATL_zzzzzz_VFLOW.json: no such tile in the truth",
@@ -278,6 +286,15 @@ def test_truth_in_float_metres_scores_the_same(scoring: tuple[Path, Path]) -> No
         path.write_text(json.dumps(dict(facts, scale=facts["scale"] * 100)))
     after = score(pred, truth)
     assert after["r2"] == pytest.approx(before["r2"], abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", [">u2", "<u2"])
+def test_byte_order_of_a_file_changes_nothing(scoring: tuple[Path, Path], kind: str) -> None:
+    pred, truth = scoring
+    before = score(pred, truth)
+    for path in [*pred.glob("*.tif"), *truth.glob("*.tif")]:
+        tifffile.imwrite(path, tifffile.imread(path), byteorder=kind[0])  # type: ignore[arg-type]
+    assert score(pred, truth) == before
 
 
 def test_a_city_without_any_known_height_is_no_perfect_score(scoring: tuple[Path, Path]) -> None:

@@ -169,6 +169,8 @@ def measure(pair: _Pair) -> TileMoments | list[str]:
         and np.isinf(true_heights).any()
     ):
         problems.append(f"{pair.truth.agl}: infinite heights; unknown heights are NaN")
+    if true_heights is not None and true_heights.dtype == np.float16:
+        true_heights = true_heights.astype(np.float32)
     if problems or heights is None or true_heights is None or pose is None or true_pose is None:
         return problems
     return tile_moments(

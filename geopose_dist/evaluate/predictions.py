@@ -28,6 +28,8 @@ DEFLATE_LEVEL = 4
 """libdeflate level of written heights. Level 6 takes twice the time for 2 % fewer bytes, level 1 half the
 time for 10 % more (2048x2048 synthetic city)."""
 ROWS_PER_STRIP = 64
+MAX_PIXELS = 2**30
+"""A file that claims more is refused before anything is allocated for it."""
 SIGNIFICANT_DIGITS = 9
 """Of numbers in VFLOW files: enough for float32, few enough that the last bits of a sum do not show."""
 
@@ -98,7 +100,7 @@ def read_tiff(path: Path) -> npt.NDArray[Any]:
             page = tiff.pages.first
             _check_reach(page, path)
             pixels: npt.NDArray[Any] = page.asarray(maxworkers=1)
-            return pixels
+            return pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
     except UserError:
         raise
     # tifffile and its codecs tell of damaged bytes in many ways (TiffFileError and the codecs' errors are
@@ -111,7 +113,9 @@ def read_tiff(path: Path) -> npt.NDArray[Any]:
 
 
 def _check_reach(page: Any, path: Path) -> None:
-    """ValueError if the file ends before its pixels do; tifffile would fill them with zeros."""
+    """ValueError if the file ends before its pixels do, which tifffile would fill, or claims too many."""
+    if page.size > MAX_PIXELS:
+        raise ValueError(f"it claims {page.size} values")
     reaches = [offset + count for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True)]
     if not reaches or 0 in page.databytecounts or max(reaches) > path.stat().st_size:
         raise ValueError("the file is cut short")
@@ -169,14 +173,17 @@ def read_vflow(path: Path) -> tuple[float, float]:
     try:
         facts = json.loads(path.read_bytes())
         scale, angle = facts["scale"], facts["angle"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path}: cannot be read ({type(error).__name__}: {error}); wanted JSON with scale and angle"
         ) from error
     for name, value in (("scale", scale), ("angle", angle)):
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"{path}: {name} is {value!r}; wanted a number")
-    return float(scale), float(angle)
+    try:
+        return float(scale), float(angle)
+    except OverflowError as error:  # an integer of hundreds of digits
+        raise UserError(f"{path}: scale or angle is too large a number; write it again") from error
 
 
 def heights_cm(agl_m: F32) -> tuple[U16, int]:
