@@ -115,13 +115,11 @@ while :; do
   kill -0 "$child" 2>/dev/null || break
 done
 
-# torchrun exits 1 whatever its ranks exit with; what they say is in the newest checkpoint. One from before this start
+# torchrun exits 1 whatever its ranks exit with; what they meant is in the run folder. A state from before this start
 # does not count, or a run that fails at once would be queued again for ever.
-if [ "$code" != 0 ]; then
-  newest=$(find "$OUT/checkpoints" -mindepth 2 -maxdepth 2 -path '*/step-*/state.json' -newer "$began" 2>/dev/null | sort | tail -n 1)
-  if [ -n "$newest" ] && grep -q '"preempted": *true' "$newest"; then
-    echo "launch/torchrun.sh: preempted after saving ${newest%/state.json}; run the same command again to go on" >&2
-    exit 75
-  fi
+state=$OUT/state.json
+if [ "$code" != 0 ] && [ "$state" -nt "$began" ] && grep -q '"status": *"preempted"' "$state"; then
+  echo "launch/torchrun.sh: preempted after saving in $OUT; run the same command again to go on" >&2
+  exit 75
 fi
 exit "$code"

@@ -36,7 +36,6 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run([*pip, "wheel", *quiet, "--no-build-isolation", "-w", str(folder), str(folder / "source")], folder)
     (wheel,) = folder.glob("*.whl")
     run([*pip, "install", *quiet, "--target", str(folder / "installed"), str(wheel)], folder)
-    shutil.rmtree(folder / "source")
     return folder / "installed"
 
 
@@ -65,7 +64,8 @@ def test_recipes_and_kernels_travel_in_the_wheel(installed: Path, tmp_path: Path
         str(p.relative_to(installed / "geopose_dist"))
         for p in installed.glob("geopose_dist/configs/**/*.yaml")
     }
-    assert recipes == {str(p.relative_to(ROOT)) for p in ROOT.glob("configs/**/*.yaml")}
+    source = installed.parent / "source"
+    assert recipes == {str(p.relative_to(source)) for p in source.glob("configs/**/*.yaml")}
 
 
 @pytest.mark.slow
@@ -75,4 +75,4 @@ def test_the_wheel_holds_the_program_and_nothing_else(installed: Path) -> None:
     assert (installed / "bin" / "geopose").is_file()
     assert (installed / "geopose_dist" / "report" / "page.css").is_file()
     built = {path.name.split(".")[0] for path in (installed / "geopose_dist" / "kernels").glob("_*.so")}
-    assert built == {path.stem for path in (ROOT / "geopose_dist" / "kernels").glob("_*.pyx")}
+    assert built == {path.stem for path in (installed.parent / "source/geopose_dist/kernels").glob("_*.pyx")}
