@@ -1,5 +1,6 @@
 """The scorer: the public numbers, no dependence on order or processes, and nothing scored that should not be."""
 
+import csv
 import json
 import math
 import shutil
@@ -286,6 +287,19 @@ def test_truth_in_float_metres_scores_the_same(scoring: tuple[Path, Path]) -> No
         path.write_text(json.dumps(dict(facts, scale=facts["scale"] * 100)))
     after = score(pred, truth)
     assert after["r2"] == pytest.approx(before["r2"], abs=1e-6)
+
+
+def test_the_table_holds_every_tile(scoring: tuple[Path, Path], tmp_path: Path) -> None:
+    pred, truth = scoring
+    table = tmp_path / "tiles.csv"
+    words = ["--predictions", str(pred), "--truth", str(truth), "--table", str(table)]
+    assert cli.main(["evaluate", *words]) == 0
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert len(rows) == 10
+    scores = score(pred, truth)["cities"]["JAX"]
+    errors = [float(row["mean_agl_error"]) for row in rows if row["city"] == "JAX"]
+    assert np.mean(errors) == pytest.approx(scores["mean_agl_error"])
+    assert rows[0]["key"] == "ARG_oRnvHC"
 
 
 @pytest.mark.parametrize("kind", [">u2", "<u2"])

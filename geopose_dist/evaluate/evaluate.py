@@ -7,6 +7,9 @@ that the truth lacks is named, and the printed table says which cities the final
 
 from __future__ import annotations
 
+import csv
+import dataclasses
+import io
 import json
 import math
 import sys
@@ -37,6 +40,8 @@ class EvaluateRecipe:
     """Folder of the same names; uint16 centimetres (65535 = unknown) and px/cm, or float metres and px/m."""
     json: Path | None = None
     """Also write the numbers to this file."""
+    table: Path | None = None
+    """Also write the figures of every tile, its own R2 included, to this CSV file."""
     rectify: Path | None = None
     """Also write predictions and truth moved to ground position, with their occlusion, into this folder."""
     workers: int = 0
@@ -173,7 +178,7 @@ def measure(pair: _Pair) -> TileMoments | list[str]:
         true_heights = true_heights.astype(np.float32)
     if problems or heights is None or true_heights is None or pose is None or true_pose is None:
         return problems
-    return tile_moments(
+    tile = tile_moments(
         pair.truth.city,
         heights,
         geometry.px_per_m(pose[0]),
@@ -184,6 +189,7 @@ def measure(pair: _Pair) -> TileMoments | list[str]:
         predicted_unit_m=1 / geometry.CM_PER_M,
         true_unit_m=1 / geometry.CM_PER_M if true_cm else 1.0,
     )
+    return dataclasses.replace(tile, key=pair.truth.key)
 
 
 def _read(reader: Any, path: Path | None, problems: list[str]) -> Any:
@@ -225,12 +231,29 @@ def print_table(scores: dict[str, Any]) -> None:
         )
 
 
+def table_csv(moments: Moments) -> str:
+    """Every tile's figures as CSV: those of a city, as if the tile were one; empty without known heights."""
+    rows: list[dict[str, Any]] = []
+    for tile in moments.tiles:
+        figures = Moments([tile]).scores()["cities"].get(tile.city, {})
+        rows.append({"key": tile.key, "city": tile.city, "known_pixels": int(tile["known"]), **figures})
+    names = list(dict.fromkeys(name for row in rows for name in row if name != "images"))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
 def run(recipe: EvaluateRecipe) -> None:
     """Print the table, write the JSON, write the rectified pictures."""
-    scores = score(recipe.predictions, recipe.truth, workers=recipe.workers)
+    moments = gather(recipe.predictions, recipe.truth, workers=recipe.workers)
+    scores = moments.scores()
     assert math.isfinite(scores["r2"])
     if recipe.json is not None:
         write_bytes(recipe.json, (json.dumps(scores, indent=1, allow_nan=False) + "\n").encode())
+    if recipe.table is not None:
+        write_bytes(recipe.table, table_csv(moments).encode())
     print_table(scores)
     if recipe.rectify is not None:
         from geopose_dist.evaluate import rectify

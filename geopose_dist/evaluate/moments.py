@@ -45,10 +45,11 @@ FIELDS = (
 
 @dataclass(frozen=True)
 class TileMoments:
-    """What one tile adds to the score: its city, and float64 [14] in the order of `FIELDS`."""
+    """What one tile adds to the score: its city, float64 [14] in the order of `FIELDS`, its name if it matters."""
 
     city: str
     values: F64
+    key: str = ""
 
     def __getitem__(self, name: str) -> float:
         return float(self.values[FIELDS.index(name)])
