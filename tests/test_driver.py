@@ -327,3 +327,21 @@ def test_the_parts_of_an_item_are_items(checkpoint: Path) -> None:
     item = WorkItem((TileSource("a"), None, TileSource("c")))
     assert item.keys == ["a", "c"]
     assert [part.keys for part in item.parts()] == [["a"], ["c"]]
+
+
+@pytest.mark.parametrize("name", ["cpu", "best", "gpu"])
+def test_shipped_recipes_run(name: str, tiles: Path, checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ("--config", f"predict/{name}", "--dispatch", "inline", "--limit", "1", "--device", "cpu")
+    assert predict(tiles, checkpoint, out, *options) == 0
+    assert len(outputs(out)) == 2
+
+
+def test_a_gpu_that_is_not_there_is_one_sentence(
+    tiles: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    words = ["--source", str(tiles), "--checkpoint", str(checkpoint), "--out", str(tmp_path / "out")]
+    assert cli.main(["predict", *words, "--device", "cuda", "--dispatch", "inline"]) == 2
+    assert "there is no GPU here" in capsys.readouterr().err
