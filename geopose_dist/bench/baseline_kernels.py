@@ -34,8 +34,9 @@ def invert_flow(flow_xy: I16, magnitude_px: F32, fac: float) -> tuple[F32, U8]:
     """
     rows, cols = magnitude_px.shape
     grid_rows, grid_cols = int(rows * fac), int(cols * fac)
-    to_row = np.floor((np.arange(rows)[:, None] + flow_xy[..., 1]) * fac).astype(np.intp)
-    to_col = np.floor((np.arange(cols)[None, :] + flow_xy[..., 0]) * fac).astype(np.intp)
+    share = np.float32(fac)
+    to_row = np.floor((np.arange(rows, dtype=np.float32)[:, None] + flow_xy[..., 1]) * share).astype(np.int32)
+    to_col = np.floor((np.arange(cols, dtype=np.float32)[None, :] + flow_xy[..., 0]) * share).astype(np.int32)
     lands = (to_row >= 0) & (to_row < grid_rows) & (to_col >= 0) & (to_col < grid_cols)
     nowhere = grid_rows * grid_cols
     cell = np.where(lands, to_row * grid_cols + to_col, nowhere).ravel()

@@ -70,19 +70,30 @@ cdef extern from *:
         }
     }
 
-    static void gp_cross(const float *from, const int *off, const int *last, float length, float *out, Py_ssize_t n) {
-        float lo[64], hi[64];
-        gp_fetch(from, off, last, lo, hi, n);
-        gp_solve(lo, hi, last, length, out, n);
-    }
-
-    /* The same where the last step is 0 everywhere: between the pixel itself and its first step. */
-    GP_CLONES static void gp_cross0(const float *restrict here, const float *restrict next, float *restrict out, Py_ssize_t n,
-                                    float length) {
+    /* The crossing where the last step is 0 everywhere: between the pixel itself and its first step. */
+    GP_CLONES static void gp_cross0(const float *restrict here, const float *restrict next, float *restrict out,
+                                    Py_ssize_t n, float length) {
         for (Py_ssize_t i = 0; i < n; i++) {
             float lo = here[i], hi = next[i];
             out[i] = lo + lo / (lo + (length - hi)) * (hi - lo);
         }
+    }
+
+    GP_CLONES static int gp_any(const int *restrict last, Py_ssize_t n) {
+        int any = 0;
+        for (Py_ssize_t i = 0; i < n; i++)
+            any |= last[i];
+        return any;
+    }
+
+    static void gp_cross(const float *from, const int *off, const int *last, float length, float *out, Py_ssize_t n) {
+        float lo[64], hi[64];
+        if (!gp_any(last, n)) {
+            gp_cross0(from, from + off[1], out, n, length);
+            return;
+        }
+        gp_fetch(from, off, last, lo, hi, n);
+        gp_solve(lo, hi, last, length, out, n);
     }
 
     /* Shift in pixels of heights in metres: below 0 counts as 0; also the largest per column so far. Returns
@@ -251,7 +262,7 @@ def follow(const float[:, ::1] shift, const float[:, ::1] blocks, float[:, ::1] 
 
     `shift` is finite and >= 0, `blocks` its `block_tallest`, `tallest` its maximum.
     """
-    cdef Py_ssize_t rows = shift.shape[0], cols = shift.shape[1], k
+    cdef Py_ssize_t cols = shift.shape[1], k
     cdef double length = step_length(dir_y, dir_x)
     cdef Py_ssize_t reach = <Py_ssize_t>(tallest / length) + 2, steps = reach + CHUNK + 2
     # Of each step: rows and columns away, elements away, pixels along the line.
