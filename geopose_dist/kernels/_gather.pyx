@@ -39,7 +39,8 @@ cdef extern from *:
 
     /* Places of one output row, moved by shift along (dir_y, dir_x): at[i] = element of the upper left of
        the four neighbours or -1 outside, their weights, two 16-bit numbers each that sum to 128, and near[i] =
-       the nearest of the four (of equals the later) or -1. Half a pixel around the outermost centres still is image. NaN compares as outside. */
+       the nearest of the four (of equals the later) or -1. Half a pixel around the outermost centres still is
+       image. NaN compares as outside. */
     GP_CLONES static void gp_places(const gp_line *line, const float *restrict shift, double dir_y, double dir_x,
                                     int n, int32_t *restrict at, int32_t *restrict wx, int32_t *restrict wy,
                                     int32_t *restrict near) {
@@ -297,7 +298,8 @@ def gather(const uint8_t[:, :, ::1] rgb, const float[:, ::1] agl_m, bint has_agl
     of pixels outside. Output goes by blocks of 64 rows, which in a turned tile are cut into strips of columns, so
     that what is read and written meanwhile stays in the cache and in the table of pages.
     """
-    cdef Py_ssize_t out_rows = out_rgb.shape[0], out_cols = out_rgb.shape[1], r, c, top, left, outside = 0, strip = BLOCK_COLS
+    cdef Py_ssize_t out_rows = out_rgb.shape[0], out_cols = out_rgb.shape[1], r, c, top, left
+    cdef Py_ssize_t outside = 0, strip = BLOCK_COLS
     cdef int n, first, last
     cdef float *heights
     cdef int32_t at[BLOCK_COLS]
