@@ -36,6 +36,7 @@ class BuildWithRecipes(build_py):
     """Put the recipes of `configs/` into the package, so that `--config smoke` works from a wheel."""
 
     def run(self) -> None:
+        """Copy the package, then the recipes."""
         super().run()
         if self.editable_mode:
             return  # a checkout's own configs/ is found by geopose_dist.config

@@ -77,7 +77,9 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """Sorted, indented JSON: the same shards give the same bytes."""
-        facts = dict(dataclasses.asdict(self), samples=sum(s.samples for s in self.shards), splits=self.splits())
+        facts = dict(
+            dataclasses.asdict(self), samples=sum(s.samples for s in self.shards), splits=self.splits()
+        )
         return (json.dumps(facts, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
@@ -157,7 +159,9 @@ def open_split(root: str | Path, split: str) -> ShardSet:
     try:
         index = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); pack again, or `geopose pack --index-only`") from error
+        raise UserError(
+            f"{path}: cannot be read ({error}); pack again, or `geopose pack --index-only`"
+        ) from error
     rows = sum(shard.samples for shard in manifest.shards)
     if index.dtype != INDEX_DTYPE or index.shape != (rows,):
         raise UserError(
