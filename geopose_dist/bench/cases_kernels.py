@@ -2,7 +2,7 @@
 
 One thread, a rendered 1024 x 1024 tile without unknown heights (the benchmark switches its warp off where one
 is). Ours and the baseline take turns, so that whatever else the machine does falls on both, and every timed
-call follows an untimed one of the same kind, as in a worker, whose memory is mapped already. Every row says
+call follows two untimed ones of the same kind, as in a worker, whose memory is mapped already. Every row says
 what a bilinear remap of an RGB tile cost in this run: the yardstick for the baseline itself.
 """
 
@@ -69,6 +69,7 @@ def compare(
     remaps: list[float] = []
     for _ in range(repeats):
         for call, taken in ((ours, seconds[0]), (theirs, seconds[1]), (remap, remaps)):
+            call()
             call()
             began = time.thread_time()
             call()
