@@ -292,3 +292,31 @@ def test_tone_looks_up_and_clips(rng):
     np.testing.assert_array_equal(kernels.tone(rgb, table), wanted)
     noisy = np.clip(wanted.astype(int) + noise[random].reshape(rgb.shape), 0, 255)
     np.testing.assert_array_equal(kernels.tone(rgb, table, noise, random), noisy)
+
+
+def test_the_bench_baseline_is_the_benchmark(shared: Path):
+    """What we are compared with gives the benchmark's recorded outputs, faults included."""
+    from geopose_dist.bench import baseline_kernels as baseline
+
+    recorded = np.load(shared / "conformance/kernels.npz")
+    for k in range(3):
+        for fac in ("0.5", "0.25"):
+            name = f"invert{k}_{fac}"
+            flow, mask = baseline.invert_flow(recorded[f"{name}_flow"], recorded[f"{name}_mag"], float(fac))
+            same = np.abs(flow - recorded[f"{name}_out"]).max(axis=-1) < 1e-3
+            assert same.mean() > 0.997, "but for ties"
+            np.testing.assert_array_equal(mask, recorded[f"{name}_mask"])
+        rgb, agl = recorded[f"warp{k}_rgb"], recorded[f"warp{k}_agl"]
+        pose = float(recorded[f"warp{k}_scale_px_per_m"]), float(recorded[f"warp{k}_angle"])
+        warped = baseline.warp_heights(rgb, agl, *pose, float(recorded[f"warp{k}_factor"]))
+        for found, name in zip(warped, ("rgb", "agl", "mag"), strict=True):
+            wanted = recorded[f"warp{k}_out_{name}"].astype(float)
+            assert np.abs(found - wanted).max() <= (1 if name == "rgb" else 1e-3)
+        for degrees in (0, 37, 90, 211, 359):
+            turned = baseline.rotate(rgb, agl, agl, degrees)
+            assert np.abs(turned[0].astype(int) - recorded[f"rot{k}_{degrees}_rgb"]).max() <= 1
+            np.testing.assert_allclose(turned[1], recorded[f"rot{k}_{degrees}_agl"], atol=1e-3)
+        for factor in ("0.7", "0.83", "1.0"):
+            small = baseline.zoom(rgb, agl, agl * np.float32(pose[0]), float(factor))
+            np.testing.assert_array_equal(small[0], recorded[f"rescale{k}_{factor}_rgb"])
+            np.testing.assert_allclose(small[1], recorded[f"rescale{k}_{factor}_agl"], atol=1e-3)

@@ -99,11 +99,12 @@ def zoom(rgb: U8, agl_m: F32, magnitude_px: F32, factor: float) -> tuple[U8, F32
     small_rows, small_cols = int(rows * factor), int(cols * factor)
     top, left = (rows - small_rows) // 2, (cols - small_cols) // 2
     inner = np.s_[top : top + small_rows, left : left + small_cols]
-    results = []
-    for image, around in ((rgb, 0), (agl_m, np.nan), (magnitude_px / np.float32(factor), np.nan)):
+    results: list[Any] = []
+    for image, around in ((rgb, 0), (agl_m, np.nan), (magnitude_px, np.nan)):
         canvas = np.full_like(image, around)
         canvas[inner] = cv2.resize(image, (small_cols, small_rows), interpolation=cv2.INTER_NEAREST)
         results.append(canvas)
+    results[2][inner] /= np.float32(factor)
     return results[0], results[1], results[2]
 
 
