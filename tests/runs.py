@@ -33,7 +33,9 @@ def words(shards: Path, out: Path, *options: str) -> list[str]:
 
 def launch(command: list[str], ranks: int) -> subprocess.Popen[str]:
     """Start `geopose COMMAND` alone, or on `ranks` ranks by torchrun."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    )
     return subprocess.Popen(
         [sys.executable, *torchrun, "-m", "geopose_dist", *command],
         cwd=ROOT,

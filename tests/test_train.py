@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 import torch
+from tiles import make_dataset
 from torch import nn
 
-import runs
 from geopose_dist import cli, config
 from geopose_dist.data import manifest
 from geopose_dist.data.loader import train_loader
@@ -27,7 +28,6 @@ from geopose_dist.train.recipe import Length, OptimRecipe, TrainRecipe
 from geopose_dist.train.step import Stepper
 from shards.pack import PackRecipe
 from shards.pack import run as pack
-from tiles import make_dataset
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 
@@ -45,7 +45,14 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text = text.replace(f"{key}_AGL.tif", "")
     table.write_text(text)
     (folder / "split.json").write_text(json.dumps({"train": keys[:12], "val": keys[12:]}))
-    pack(PackRecipe(source=str(folder / "tiles"), out=str(folder / "shards"), split=str(folder / "split.json"), reduce=1))
+    pack(
+        PackRecipe(
+            source=str(folder / "tiles"),
+            out=str(folder / "shards"),
+            split=str(folder / "split.json"),
+            reduce=1,
+        )
+    )
     return folder / "shards"
 
 
@@ -58,7 +65,9 @@ def stop_after(run: Path, step: int) -> threading.Thread:
 
     def watch() -> None:
         for _ in range(6000):
-            if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= step:
+            if (run / "metrics.jsonl").exists() and len(
+                (run / "metrics.jsonl").read_text().splitlines()
+            ) >= step:
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
             time.sleep(0.005)
@@ -68,7 +77,13 @@ def stop_after(run: Path, step: int) -> threading.Thread:
     return thread
 
 
-SIX = ("--length=6 steps", "--data.global-batch=4", "--data.micro-batch=2", "--ema-decay=0.9", "--model.dropout=0.2")
+SIX = (
+    "--length=6 steps",
+    "--data.global-batch=4",
+    "--data.micro-batch=2",
+    "--ema-decay=0.9",
+    "--model.dropout=0.2",
+)
 
 
 def test_stopped_and_gone_on_is_never_stopped_bit_for_bit(shards: Path, tmp_path: Path) -> None:
@@ -91,7 +106,9 @@ def test_stopped_and_gone_on_is_never_stopped_bit_for_bit(shards: Path, tmp_path
         assert all(torch.equal(whole[tensor], cut[tensor]) for tensor in whole)
 
 
-def test_finished_run_does_nothing_more(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finished_run_does_nothing_more(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     two = ("--length=2 steps", "--data.global-batch=2", "--data.micro-batch=2")
     assert train(shards, tmp_path / "run", *two) == 0
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
@@ -129,7 +146,13 @@ def test_minutes_end_by_the_clock_and_go_on_where_they_were(shards: Path, tmp_pa
 def test_init_from_takes_weights_alone(shards: Path, tmp_path: Path) -> None:
     two = ("--length=2 steps", "--data.global-batch=2", "--data.micro-batch=2")
     assert train(shards, tmp_path / "first", *two) == 0
-    still = (*two, "--optim.lr=1e-30", "--optim.weight-decay=0", f"--init-from={tmp_path / 'first'}", "--seed=5")
+    still = (
+        *two,
+        "--optim.lr=1e-30",
+        "--optim.weight-decay=0",
+        f"--init-from={tmp_path / 'first'}",
+        "--seed=5",
+    )
     assert train(shards, tmp_path / "second", *still) == 0
     first, second = runs.final_weights(tmp_path / "first"), runs.final_weights(tmp_path / "second")
     for name in first:
@@ -148,6 +171,22 @@ def without_batch_norm(net: nn.Module) -> None:
                 setattr(module, name, activation)
 
 
+def watch_gradients(net: nn.Module) -> dict[str, torch.Tensor]:
+    """By name, the gradient that each parameter last had before the step cleared it."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def watch(name: str, parameter: nn.Parameter) -> None:
+        def keep(p: torch.Tensor) -> None:
+            assert p.grad is not None
+            seen[name] = p.grad.clone()
+
+        parameter.register_post_accumulate_grad_hook(keep)
+
+    for name, parameter in net.named_parameters():
+        watch(name, parameter)
+    return seen
+
+
 @pytest.mark.parametrize("micro_batch", [1, 2])
 def test_accumulation_is_the_whole_batch(shards: Path, micro_batch: int) -> None:
     """The same global batch in one forward pass and in pieces: equal loss and gradients to 1e-5."""
@@ -159,11 +198,7 @@ def test_accumulation_is_the_whole_batch(shards: Path, micro_batch: int) -> None
         torch.manual_seed(0)
         net = GeoposeNet(recipe.model)
         without_batch_norm(net)
-        gradients: dict[str, torch.Tensor] = {}
-        for name, parameter in net.named_parameters():
-            parameter.register_post_accumulate_grad_hook(
-                lambda p, name=name: gradients.update({name: p.grad.clone()})  # type: ignore[misc]
-            )
+        gradients = watch_gradients(net)
         stepper = Stepper(recipe, net, make_optimizer(recipe.optim, net, ALONE.device), ALONE)
         loader = train_loader(opened, recipe.data, 0, 0, 1, 0, 1)
         (batches,) = list(loader)
@@ -210,7 +245,9 @@ def test_lengths() -> None:
 def test_weight_decay_spares_norms_and_biases(shards: Path) -> None:
     recipe = config.parse(TrainRecipe, runs.words(shards, Path("x"))[1:], prog="test", description="")
     net = GeoposeNet(recipe.model)
-    optimizer = make_optimizer(OptimRecipe(weight_decay=0.1, encoder_lr_factor=0.5, lr=1.0), net, ALONE.device)
+    optimizer = make_optimizer(
+        OptimRecipe(weight_decay=0.1, encoder_lr_factor=0.5, lr=1.0), net, ALONE.device
+    )
     seen = 0
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -257,14 +294,19 @@ def test_loss_that_is_not_finite_ends_the_run_by_name(
         return numerators(*arguments) * torch.nan
 
     monkeypatch.setattr(loss, "numerators", poisoned)
-    assert train(shards, tmp_path / "run", "--length=2 steps", "--data.global-batch=2", "--data.micro-batch=2") == 1
+    assert (
+        train(shards, tmp_path / "run", "--length=2 steps", "--data.global-batch=2", "--data.micro-batch=2")
+        == 1
+    )
     said = capsys.readouterr().err
     assert "step 1: the loss is nan" in said
     assert any(city in said for city in ("ARG_", "ATL_", "JAX_", "OMA_"))
 
 
 RECIPES = sorted(p.relative_to(config.recipes_folder()) for p in config.recipes_folder().rglob("*.yaml"))
-TRAINABLE = [str(name.with_suffix("")) for name in RECIPES if name.parts[0] in ("smoke.yaml", "demo.yaml", "train")]
+TRAINABLE = [
+    str(name.with_suffix("")) for name in RECIPES if name.parts[0] in ("smoke.yaml", "demo.yaml", "train")
+]
 SHRUNK = (
     "--model.encoder=tu-mobilenetv3_small_050", "--model.weights=none", "--model.decoder-channels=[16,16,8,8,8]",
     "--data.crop-px=64", "--data.global-batch=2", "--data.micro-batch=1", "--data.workers=0", "--length=2 steps",
@@ -300,7 +342,12 @@ def test_two_ranks_are_one_rank_with_two_accumulations(shards: Path, tmp_path: P
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_sigterm_to_torchrun_and_going_on(shards: Path, tmp_path: Path, ranks: int) -> None:
     """Global batch of two micro-batches: of three ranks, one always has none."""
-    options = ("--length=14 steps", "--data.global-batch=2", "--data.micro-batch=1", "--augment.preset=benchmark")
+    options = (
+        "--length=14 steps",
+        "--data.global-batch=2",
+        "--data.micro-batch=1",
+        "--augment.preset=benchmark",
+    )
     code, said = runs.finish(runs.launch(runs.words(shards, tmp_path / "whole", *options), ranks))
     assert code == 0, said
     process = runs.launch(runs.words(shards, tmp_path / "cut", *options), ranks)
@@ -326,5 +373,3 @@ def wait_until(ready: Callable[[], bool], process: Any, timeout_s: float = 240) 
         assert process.poll() is None, runs.finish(process)[1]
         assert time.monotonic() < end, "timed out"
         time.sleep(0.02)
-
-

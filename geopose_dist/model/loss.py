@@ -33,6 +33,7 @@ class Targets(NamedTuple):
         scale_px_per_m: float32 [B]; NaN without a pose label.
         inside: bool [B, 1, H, W], False on padding; None = all inside.
         magnitude_px: float32 [B, 1, H, W]; None = agl_m * scale_px_per_m, which it is by definition.
+        city_std_m: float32 [B], standard deviation of the heights of each tile's city; None = 1 m.
     """
 
     agl_m: Tensor
@@ -41,6 +42,7 @@ class Targets(NamedTuple):
     scale_px_per_m: Tensor
     inside: Tensor | None = None
     magnitude_px: Tensor | None = None
+    city_std_m: Tensor | None = None
 
     def posed(self) -> Tensor:
         """bool [B]: which tiles have angle and scale."""
@@ -68,6 +70,7 @@ class _Labels:
     magnitude_px: Tensor  # [B, 1, H, W], 0 where unknown or without pose
     height_weight: Tensor  # [B, 1, H, W], 0 where unknown
     flow_weight: Tensor  # [B, 1, H, W], 0 where unknown or without pose
+    per_variance: Tensor  # [B, 1, H, W], one over the variance of the city's heights
     edge: Tensor  # [B, 1, H, W], size of the height's step, 0 beside unknown heights
     posed: Tensor  # float [B], 1 with a pose label
     direction: Tensor  # [B, 2], 0 without pose
@@ -87,6 +90,9 @@ def _labels(recipe: LossRecipe, targets: Targets) -> _Labels:
     down = (agl_m[:, :, 1:] - agl_m[:, :, :-1]).abs() * (known[:, :, 1:] & known[:, :, :-1])
     right = (agl_m[..., 1:] - agl_m[..., :-1]).abs() * (known[..., 1:] & known[..., :-1])
     edge = functional.pad(down, (0, 0, 0, 1)) + functional.pad(right, (0, 1))
+    per_variance = torch.ones_like(with_pose)
+    if targets.city_std_m is not None:
+        per_variance = targets.city_std_m.float().square().reciprocal()[:, None, None, None]
     magnitude = agl_m * scale[:, None, None, None]
     if targets.magnitude_px is not None:
         magnitude = torch.where(known & posed[:, None, None, None], targets.magnitude_px.float(), 0.0)
@@ -95,6 +101,7 @@ def _labels(recipe: LossRecipe, targets: Targets) -> _Labels:
         magnitude_px=magnitude,
         height_weight=weight,
         flow_weight=weight * with_pose,
+        per_variance=per_variance,
         edge=edge.clamp(max=3.0) * with_pose,
         posed=posed.float(),
         direction=direction,
@@ -105,25 +112,21 @@ def _labels(recipe: LossRecipe, targets: Targets) -> _Labels:
 def denominators(recipe: LossRecipe, targets: Targets) -> Tensor:
     """float64 [len(TERMS)]: this micro-batch's share of each term's global denominator."""
     labels = _labels(recipe, targets)
-    if recipe.agl == "r2":
-        # Squares of labels about a fixed mean, so that the term is 1 - R2 for a large batch
-        # (first place of the challenge: sum (t - p)^2 / sum (t - mean)^2).
-        agl = (labels.height_weight * (labels.agl_m - recipe.agl_mean_m).square()).double().sum()
-    else:
-        agl = labels.height_weight.double().sum()
-    poses = labels.posed.double().sum()
-    flow = (labels.flow_weight * labels.agl_m.square()).double().sum()
-    edges = labels.edge.double().sum()
-    return torch.stack([agl, labels.flow_weight.double().sum(), 2 * poses, poses, edges, poses, flow])
+    heights, flows = labels.height_weight.double().sum(), labels.flow_weight.double().sum()
+    poses, edges = labels.posed.double().sum(), labels.edge.double().sum()
+    return torch.stack([heights, flows, 2 * poses, poses, edges, poses, flows])
 
 
 def numerators(recipe: LossRecipe, prediction: Prediction, targets: Targets) -> Tensor:
     """float32 [len(TERMS)]: this micro-batch's share of each term's numerator, differentiable.
 
-    agl: (p - t)^2, or Huber, over known heights. mag: (p - t)^2 of magnitudes. angle: (p - t)^2 of both
+    agl: (p - t)^2, the same over the city's variance (r2: for a large batch this is 1 - R2, as the sum
+    over t of (t - p)^2 / (t - mean)^2 of the challenge's first place, but steady in a small one), or Huber,
+    over known heights. mag: (p - t)^2 of magnitudes. angle: (p - t)^2 of both
     direction components, or 2 (1 - cos). unit: (|v| - 1)^2. pixel_angle: 1 - cos of each pixel's vector,
     weighted by the true height's step. scale: (p - t)^2, or log(p / t)^2. flow: squared length of the
-    difference of the flows agl * scale * direction / |direction|, over the square of the true scale.
+    difference of the flows agl * scale * direction / |direction|, over the square of the true scale and
+    the city's variance.
     """
     labels = _labels(recipe, targets)
     agl, magnitude = prediction.agl_m.float(), prediction.magnitude_px.float()
@@ -132,6 +135,8 @@ def numerators(recipe: LossRecipe, prediction: Prediction, targets: Targets) -> 
         error = functional.huber_loss(agl, labels.agl_m, reduction="none", delta=recipe.huber_m)
     else:
         error = (agl - labels.agl_m).square()
+    if recipe.agl == "r2":
+        error = error * labels.per_variance
     length = vector.norm(dim=1).clamp(min=1e-6)
     unit = vector / length[:, None]
     if recipe.direction == "mse":
@@ -153,7 +158,7 @@ def numerators(recipe: LossRecipe, prediction: Prediction, targets: Targets) -> 
         ratio = scale / torch.where(labels.posed > 0, labels.scale, 1.0)
         predicted = (agl * ratio[:, None, None, None]) * unit[:, :, None, None]
         truth = labels.agl_m * labels.direction[:, :, None, None]
-        flow = (labels.flow_weight * (predicted - truth).square()).sum()
+        flow = (labels.flow_weight * labels.per_variance * (predicted - truth).square()).sum()
     return torch.stack(
         [
             (labels.height_weight * error).sum(),

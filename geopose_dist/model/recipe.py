@@ -64,12 +64,12 @@ class LossRecipe:
     """
 
     agl: Literal["mse", "r2", "huber"] = "mse"
-    """Height term: mean square (m^2), squares over the variance of the labels about `agl_mean_m`
-    (R2 form), or Huber with `huber_m`."""
+    """Height term: mean square (m^2); mean square over the variance of the tile's city (r2: what is scored, in
+    which a low city counts as much as one of towers); or Huber with `huber_m`."""
     agl_weight: float = 1.0
     """Weight of the height term."""
-    agl_mean_m: float = 4.0
-    """Mean height that the R2 form's variance is taken about."""
+    city_std_m: dict[str, float] = field(default_factory=dict)
+    """Standard deviation of heights by city, for r2 and the flow term; empty: the training shards' own."""
     huber_m: float = 5.0
     """Where Huber turns from squares to absolute values, in metres."""
     magnitude_weight: float = 2.0
@@ -88,8 +88,8 @@ class LossRecipe:
     scale_weight: float = 10.0
     """Weight of the scale term."""
     flow_weight: float = 0.0
-    """Weight of the squared error of the flow itself, the thing scored, over the flow's sum of squares; both
-    in metres (pixels over the true scale), so that tiles seen at a low scale count alike."""
+    """Weight of the mean square error of the flow itself, the thing scored: in metres (pixels over the true
+    scale) over the variance of the city's heights, so that cities seen at a low scale count alike."""
     reduction: Literal["pooled", "per_image"] = "pooled"
     """Per-pixel terms over all known pixels of the batch (benchmark's code), or mean of per-image means
     (the tutorial's text)."""

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import math
+import statistics
 import sys
 import time
 from collections.abc import Iterable
@@ -26,7 +27,7 @@ from geopose_dist.errors import UserError
 from geopose_dist.metrics_log import MetricsLog
 from geopose_dist.metrics_log import Progress as ProgressBar
 from geopose_dist.model import pretrained, weights
-from geopose_dist.model.recipe import ModelRecipe
+from geopose_dist.model.recipe import LossRecipe, ModelRecipe
 from geopose_dist.model.unet import GeoposeNet
 from geopose_dist.runtime import World
 from geopose_dist.train import checkpoint
@@ -164,7 +165,9 @@ def open_session(recipe: TrainRecipe, world: World) -> Session:
         raise UserError("data.shards is not set; name the folder that `geopose pack` made: --data.shards DIR")
     shards = open_shards(recipe.data.shards, recipe.data.train_split)
     validation = _validation_split(recipe, world)
-    recipe = replace(recipe, model=with_data_means(recipe.model, shards))
+    recipe = replace(
+        recipe, model=with_data_means(recipe.model, shards), loss=with_city_spread(recipe.loss, shards)
+    )
     run = Path(recipe.out)
     folders = weights.step_folders(run)
     fingerprint = shards.fingerprint()
@@ -182,7 +185,7 @@ def open_session(recipe: TrainRecipe, world: World) -> Session:
     net.train()
     set_arithmetic(recipe.precision)
     optimizer = make_optimizer(recipe.optim, net, world.device)
-    stepper = Stepper(recipe, net, optimizer, world)
+    stepper = Stepper(recipe, net, optimizer, world, shards.manifest.cities)
     ema = AveragedWeights(net, recipe.ema_decay) if recipe.ema_decay > 0 else None
     if stored is not None:
         optimizer.load_state_dict(stored.optimizer)
@@ -278,6 +281,20 @@ def with_data_means(model: ModelRecipe, shards: ShardSet) -> ModelRecipe:
             means = [facts[statistic] for facts in cities if facts.get(statistic)]
             filled[name] = round(max(sum(means) / len(means), 1e-3), 6) if means else otherwise
     return dataclasses.replace(model, **filled)  # type: ignore[arg-type]
+
+
+def with_city_spread(loss: LossRecipe, shards: ShardSet) -> LossRecipe:
+    """Fill the loss's standard deviations by city from the statistics of the training split, if unset.
+
+    A city without known heights gets the median of the others.
+    """
+    if loss.city_std_m:
+        return loss
+    cities = shards.manifest.statistics.get(shards.split, {})
+    known = {city: facts["agl_std_m"] for city, facts in cities.items() if facts.get("agl_std_m")}
+    middle = statistics.median(known.values()) if known else 1.0
+    spread = {city: round(max(known.get(city, middle), 0.1), 6) for city in shards.manifest.cities}
+    return replace(loss, city_std_m=spread)
 
 
 def facts_of(shards: ShardSet) -> dict[str, Any]:

@@ -54,9 +54,18 @@ class Stepper:
     """
 
     def __init__(
-        self, recipe: TrainRecipe, net: nn.Module, optimizer: torch.optim.Optimizer, world: World
+        self,
+        recipe: TrainRecipe,
+        net: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        world: World,
+        cities: Sequence[str] = (),
     ) -> None:
         self.recipe, self.net, self.optimizer, self.world = recipe, net, optimizer, world
+        known = recipe.loss.city_std_m
+        self._city_std_m = (
+            torch.tensor([known.get(c, 1.0) for c in cities], device=world.device) if known else None
+        )
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "fp16")
         if recipe.compile != "off":
             net.compile(mode=None if recipe.compile == "default" else recipe.compile)
@@ -73,7 +82,7 @@ class Stepper:
         """
         world = self.world
         batches = [to_device(batch, world.device) for batch in batches]
-        targets = [targets_of(batch) for batch in batches]
+        targets = [targets_of(batch, self._city_std_m) for batch in batches]
         sums = [loss.denominators(self.recipe.loss, target) for target in targets]
         total = world.sum(torch.stack([*sums, self._zero_sums()]).sum(dim=0))
         losses, terms = self._zero(), torch.zeros(len(loss.TERMS), device=world.device)
@@ -166,12 +175,16 @@ def wrap(net: nn.Module, world: World) -> nn.Module:
     return nn.parallel.DistributedDataParallel(net, device_ids=ids, **options)
 
 
-def targets_of(batch: Batch) -> Targets:
-    """Labels of a batch: heights in metres from its compact centimetres and their two markers."""
+def targets_of(batch: Batch, city_std_m: Tensor | None = None) -> Targets:
+    """Labels of a batch: heights in metres from its compact centimetres and their two markers.
+
+    `city_std_m` is a float32 [cities] on the batch's device, in the order of the manifest's cities.
+    """
     agl_cm = batch.agl_cm.to(torch.int32)
     inside = agl_cm != OUTSIDE_CM
     known = inside & (agl_cm != UNKNOWN_CM)
-    return Targets(agl_cm.float() / 100, known, batch.direction, batch.scale_px_per_m, inside)
+    std = None if city_std_m is None else city_std_m[batch.city]
+    return Targets(agl_cm.float() / 100, known, batch.direction, batch.scale_px_per_m, inside, city_std_m=std)
 
 
 def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
