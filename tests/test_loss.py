@@ -168,6 +168,31 @@ def test_unknown_pixels_change_nothing() -> None:
     assert total(EVERYTHING, prediction, targets) == before
 
 
+def test_r2_is_the_square_error_in_units_of_the_citys_variance() -> None:
+    parts, targets = made_up(2, seed=8)
+    prediction, targets = rows(parts, targets, slice(0, 2))
+    alike = targets._replace(city_std_m=torch.tensor([3.0, 3.0]))
+    _, squares = total(LossRecipe(agl="mse"), prediction, targets)
+    _, relative = total(LossRecipe(agl="r2"), prediction, alike)
+    assert relative["agl"] == pytest.approx(squares["agl"] / 9, rel=1e-5)
+    towers = targets._replace(city_std_m=torch.tensor([3.0, 30.0]))
+    _, lower = total(LossRecipe(agl="r2"), prediction, towers)
+    assert lower["agl"] < relative["agl"]
+
+
+def test_tiles_without_visible_lean_count_less_in_direction() -> None:
+    parts, targets = made_up(2, seed=9)
+    prediction, targets = rows(parts, targets, slice(0, 2))
+    targets = targets._replace(city_std_m=torch.tensor([4.0, 4.0]), scale_px_per_m=torch.tensor([1.0, 0.05]))
+    leaning, near_nadir = [
+        total(LossRecipe(), Prediction(*(p[i : i + 1] for p in parts.values())), row)[1]["angle"]
+        for i, row in ((i, Targets(*(None if t is None else t[i : i + 1] for t in targets))) for i in (0, 1))  # type: ignore[arg-type]
+    ]
+    # Leans of 4 px and 0.2 px against 2 px: weights 1 and 0.1.
+    _, terms = total(LossRecipe(lean_px=2.0), prediction, targets)
+    assert terms["angle"] == pytest.approx((leaning + 0.1 * near_nadir) / 1.1, rel=1e-5)
+
+
 def test_perfect_prediction_costs_nothing() -> None:
     _, targets = made_up(4, seed=2, known_share=1.0)
     magnitude = targets.agl_m * targets.scale_px_per_m[:, None, None, None]

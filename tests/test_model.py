@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from geopose_dist.errors import UserError
-from geopose_dist.model import heads, pretrained, weights
+from geopose_dist.model import depthwise, heads, pretrained, weights
 from geopose_dist.model.recipe import ModelRecipe
 from geopose_dist.model.unet import GeoposeNet
 
@@ -186,3 +187,29 @@ def test_damaged_checkpoints_are_one_sentence(tmp_path: Path) -> None:
     file.write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match=r"model\.safetensors: cannot be read"):
         weights.load_net(tmp_path)
+
+
+def test_depthwise_convolutions_in_float32_change_little_and_survive_copying() -> None:
+    net = small().eval()
+    rgb = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+
+    def heights(network: GeoposeNet) -> torch.Tensor:
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            agl: torch.Tensor = network(rgb, UNKNOWN_GSD).agl_m
+        return agl
+
+    plain = heights(net)
+    seen: list[torch.dtype] = []
+    assert depthwise.keep_float32(net) > 5
+    first = next(m for m in net.modules() if isinstance(m, torch.nn.Conv2d) and m.groups > 1)
+    first.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    torch.testing.assert_close(heights(net), plain, rtol=0.1, atol=0.1)
+    assert seen == [torch.float32]
+    copied = copy.deepcopy(net)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+    torch.testing.assert_close(heights(copied), plain, rtol=0.1, atol=0.1)
+    with torch.inference_mode():  # outside autocast nothing is touched
+        assert copied(rgb, UNKNOWN_GSD).agl_m.dtype == torch.float32
+        assert not torch.is_autocast_enabled("cpu")

@@ -73,6 +73,7 @@ class _Labels:
     per_variance: Tensor  # [B, 1, H, W], one over the variance of the city's heights
     edge: Tensor  # [B, 1, H, W], size of the height's step, 0 beside unknown heights
     posed: Tensor  # float [B], 1 with a pose label
+    leaning: Tensor  # float [B], 0 without a pose label, less than 1 where little lean can be seen
     direction: Tensor  # [B, 2], 0 without pose
     scale: Tensor  # [B], 0 without pose
 
@@ -90,9 +91,10 @@ def _labels(recipe: LossRecipe, targets: Targets) -> _Labels:
     down = (agl_m[:, :, 1:] - agl_m[:, :, :-1]).abs() * (known[:, :, 1:] & known[:, :, :-1])
     right = (agl_m[..., 1:] - agl_m[..., :-1]).abs() * (known[..., 1:] & known[..., :-1])
     edge = functional.pad(down, (0, 0, 0, 1)) + functional.pad(right, (0, 1))
-    per_variance = torch.ones_like(with_pose)
-    if targets.city_std_m is not None:
-        per_variance = targets.city_std_m.float().square().reciprocal()[:, None, None, None]
+    std = torch.ones_like(scale) if targets.city_std_m is None else targets.city_std_m.float()
+    leaning = posed.float()
+    if recipe.lean_px > 0:
+        leaning = leaning * (std * scale / recipe.lean_px).clamp(max=1.0)
     magnitude = agl_m * scale[:, None, None, None]
     if targets.magnitude_px is not None:
         magnitude = torch.where(known & posed[:, None, None, None], targets.magnitude_px.float(), 0.0)
@@ -101,9 +103,10 @@ def _labels(recipe: LossRecipe, targets: Targets) -> _Labels:
         magnitude_px=magnitude,
         height_weight=weight,
         flow_weight=weight * with_pose,
-        per_variance=per_variance,
-        edge=edge.clamp(max=3.0) * with_pose,
+        per_variance=std.square().reciprocal()[:, None, None, None],
+        edge=edge.clamp(max=3.0) * leaning[:, None, None, None],
         posed=posed.float(),
+        leaning=leaning,
         direction=direction,
         scale=scale,
     )
@@ -114,7 +117,7 @@ def denominators(recipe: LossRecipe, targets: Targets) -> Tensor:
     labels = _labels(recipe, targets)
     heights, flows = labels.height_weight.double().sum(), labels.flow_weight.double().sum()
     poses, edges = labels.posed.double().sum(), labels.edge.double().sum()
-    return torch.stack([heights, flows, 2 * poses, poses, edges, poses, flows])
+    return torch.stack([heights, flows, 2 * labels.leaning.double().sum(), poses, edges, poses, flows])
 
 
 def numerators(recipe: LossRecipe, prediction: Prediction, targets: Targets) -> Tensor:
@@ -163,7 +166,7 @@ def numerators(recipe: LossRecipe, prediction: Prediction, targets: Targets) -> 
         [
             (labels.height_weight * error).sum(),
             (labels.flow_weight * (magnitude - labels.magnitude_px).square()).sum(),
-            (labels.posed * angle).sum(),
+            (labels.leaning * angle).sum(),
             (labels.posed * (length - 1).square()).sum(),
             pixel_angle,
             (labels.posed * scale_error).sum(),

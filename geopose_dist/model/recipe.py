@@ -78,6 +78,9 @@ class LossRecipe:
     """Direction term: mean square of the vector (benchmark), or one minus the cosine."""
     direction_weight: float = 10.0
     """Weight of the direction term."""
+    lean_px: float = 0.0
+    """Tiles whose typical lean (the city's standard deviation of heights times the scale) is below so many
+    pixels count proportionally less in the direction terms: near nadir there is no lean to see; 0: all alike."""
     unit_weight: float = 0.0
     """Weight of (|direction| - 1)^2, which keeps the vector from shrinking under the cosine term."""
     pixel_direction_weight: float = 0.0
@@ -100,3 +103,5 @@ class LossRecipe:
                 raise ValueError(f"loss.{name} is {value}; wanted a finite number >= 0")
         if self.huber_m <= 0:
             raise ValueError(f"loss.huber_m is {self.huber_m}; wanted a number above 0")
+        if not self.lean_px >= 0:
+            raise ValueError(f"loss.lean_px is {self.lean_px}; wanted a number >= 0")

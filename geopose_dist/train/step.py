@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from geopose_dist.data.batch import OUTSIDE_CM, UNKNOWN_CM, Batch, to_device
-from geopose_dist.model import loss
+from geopose_dist.model import depthwise, loss
 from geopose_dist.model.heads import Prediction
 from geopose_dist.model.loss import Targets
 from geopose_dist.runtime import World
@@ -67,6 +67,8 @@ class Stepper:
             torch.tensor([known.get(c, 1.0) for c in cities], device=world.device) if known else None
         )
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "fp16")
+        if world.device.type == "cpu" and recipe.precision == "bf16":
+            depthwise.keep_float32(net)
         if recipe.compile != "off":
             net.compile(mode=None if recipe.compile == "default" else recipe.compile)
         self.wrapped = wrap(net, world)
