@@ -2,7 +2,7 @@
 # The whole story in one file: synthetic cities -> leak-free split -> shards -> training -> prediction -> score -> page.
 # Every stage skips what is whole, so an interrupted run goes on where it stopped. `make demo` calls this.
 #
-#   OUT=demo  PLACES=32 VIEWS=3 SIZE=512 SEED=0   what is rendered: places over four cities, views of each, pixels
+#   OUT=demo  PLACES=64 VIEWS=2 SIZE=640 SEED=0   what is rendered: places over four cities, views of each, pixels
 #   CONFIG=demo  STEPS=   the training recipe, and its length in steps where the recipe's own is not wanted
 #   RANKS=  WORKERS=2     training processes (all GPUs, or 2 without one) and prediction workers
 set -euo pipefail
@@ -22,8 +22,8 @@ stage() {
 }
 
 # 1. Cities that never were, in the challenge's own layout. Every place is seen from several directions.
-stage "render ${PLACES:=32} places in ${VIEWS:=3} views each"
-geopose synth --out "$OUT/data" --places "$PLACES" --views "$VIEWS" --size "${SIZE:-512}" --seed "${SEED:-0}"
+stage "render ${PLACES:=64} places in ${VIEWS:=2} views each"
+geopose synth --out "$OUT/data" --places "$PLACES" --views "$VIEWS" --size "${SIZE:-640}" --seed "${SEED:-0}"
 
 # 2. Validation places are places that training never sees: a random split of tiles would leak.
 stage "split by place"
@@ -37,9 +37,9 @@ geopose pack --source "$OUT/data" --out "$OUT/shards" --split "$OUT/split.json" 
 stage "train on $RANKS processes"
 NPROC=$RANKS CONFIG=$CONFIG launch/torchrun.sh --data.shards "$OUT/shards" --out "$OUT/run" ${STEPS:+--length "$STEPS steps"}
 
-# 5. Ray actors turn the unlabelled test tiles, places that were in neither split, into challenge files.
+# 5. Ray actors, averaging over the symmetries of a square, turn the unlabelled test tiles, places that were in neither split, into challenge files.
 stage "predict the test tiles"
-geopose predict --source "$OUT/data" --checkpoint "$OUT/run" --out "$OUT/predictions" --workers "${WORKERS:-2}"
+geopose predict --config predict/best --source "$OUT/data" --checkpoint "$OUT/run" --out "$OUT/predictions" --workers "${WORKERS:-2}"
 
 # 6. The official score against the truth that synth kept aside, then the archive that one would hand in.
 stage "score and pack the submission"

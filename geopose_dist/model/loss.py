@@ -139,7 +139,7 @@ def numerators(recipe: LossRecipe, prediction: Prediction, targets: Targets) -> 
     else:
         error = (agl - labels.agl_m).square()
     if recipe.agl == "r2":
-        error = error * labels.per_variance
+        error = _bounded(error * labels.per_variance, recipe.tail_std)
     length = vector.norm(dim=1).clamp(min=1e-6)
     unit = vector / length[:, None]
     if recipe.direction == "mse":
@@ -161,7 +161,8 @@ def numerators(recipe: LossRecipe, prediction: Prediction, targets: Targets) -> 
         ratio = scale / torch.where(labels.posed > 0, labels.scale, 1.0)
         predicted = (agl * ratio[:, None, None, None]) * unit[:, :, None, None]
         truth = labels.agl_m * labels.direction[:, :, None, None]
-        flow = (labels.flow_weight * labels.per_variance * (predicted - truth).square()).sum()
+        squares = labels.per_variance * (predicted - truth).square().sum(dim=1, keepdim=True)
+        flow = (labels.flow_weight * _bounded(squares, recipe.tail_std)).sum()
     return torch.stack(
         [
             (labels.height_weight * error).sum(),
@@ -173,6 +174,15 @@ def numerators(recipe: LossRecipe, prediction: Prediction, targets: Targets) -> 
             flow,
         ]
     )
+
+
+def _bounded(squares: Tensor, tail: float) -> Tensor:
+    """Squares of relative errors e, but 2 tail |e| - tail^2 where |e| is beyond `tail` (0: nowhere)."""
+    if tail == 0:
+        return squares
+    bound = squares.detach() > tail**2
+    linear = 2 * tail * torch.where(bound, squares, 1.0).sqrt() - tail**2
+    return torch.where(bound, linear, squares)
 
 
 def combine(recipe: LossRecipe, numerator: Tensor, denominator: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,9 @@ class ModelRecipe:
     """Height head: the benchmark's linear map, or softplus, which is never negative."""
     height_mean_m: float | None = None
     """Height that an untrained softplus head answers with; unset: the training tiles' mean."""
+    height_unit_m: float | None = None
+    """Metres of one unit of the softplus head's output, so that towers are in reach of small weights; unset:
+    the mean over cities of the training heights' standard deviations."""
     magnitude: Literal["separate", "derived"] = "derived"
     """Flow magnitude: a map of its own (benchmark), or height times scale."""
     direction: Literal["edges", "pooled"] = "edges"
@@ -49,7 +52,7 @@ class ModelRecipe:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout is {self.dropout}; wanted 0 <= dropout < 1")
-        for name in ("height_mean_m", "scale_mean_px_per_m"):
+        for name in ("height_mean_m", "height_unit_m", "scale_mean_px_per_m"):
             mean = getattr(self, name)
             if mean is not None and mean <= 0:
                 raise ValueError(f"model.{name} is {mean}; wanted a number above 0")
@@ -72,6 +75,9 @@ class LossRecipe:
     """Standard deviation of heights by city, for r2 and the flow term; empty: the training shards' own."""
     huber_m: float = 5.0
     """Where Huber turns from squares to absolute values, in metres."""
+    tail_std: float = 0.0
+    """Under r2 and in the flow term, errors beyond so many of the city's standard deviations grow linearly:
+    one tower missed by 100 m must not drown a batch of houses in a short run; 0: squares throughout."""
     magnitude_weight: float = 2.0
     """Weight of the mean square error of the flow magnitude (px^2)."""
     direction: Literal["mse", "cosine"] = "mse"
@@ -103,5 +109,6 @@ class LossRecipe:
                 raise ValueError(f"loss.{name} is {value}; wanted a finite number >= 0")
         if self.huber_m <= 0:
             raise ValueError(f"loss.huber_m is {self.huber_m}; wanted a number above 0")
-        if not self.lean_px >= 0:
-            raise ValueError(f"loss.lean_px is {self.lean_px}; wanted a number >= 0")
+        for name in ("lean_px", "tail_std"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"loss.{name} is {getattr(self, name)}; wanted a number >= 0")

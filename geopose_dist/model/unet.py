@@ -39,6 +39,7 @@ class GeoposeNet(nn.Module):
         super().__init__()
         self.recipe = recipe
         self.size_multiple = 32
+        self.height_unit_m = recipe.height_unit_m or 1.0
         self.unet = build_unet(recipe)
         mean, std = normalisation(recipe.encoder)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255)
@@ -51,7 +52,7 @@ class GeoposeNet(nn.Module):
         if recipe.height == "softplus":
             start = self.unet.segmentation_head[0].bias
             with torch.no_grad():
-                start[0] = heads.inverse_softplus(recipe.height_mean_m or 4.0)
+                start[0] = heads.inverse_softplus((recipe.height_mean_m or 4.0) / self.height_unit_m)
 
     def forward(self, rgb_u8: Tensor, gsd_m: Tensor, inside: Tensor | None = None) -> Prediction:
         """Predict a batch.
@@ -71,7 +72,7 @@ class GeoposeNet(nn.Module):
         parts = list(torch.split(maps, self.map_channels(), dim=1))
         agl_m = parts.pop(0)
         if recipe.height == "softplus":
-            agl_m = functional.softplus(agl_m)
+            agl_m = functional.softplus(agl_m) * self.height_unit_m
         magnitude_px = parts.pop(0) if recipe.magnitude == "separate" else None
         direction_map = parts.pop(0) if recipe.direction == "edges" else None
         pooled = deepest.mean(dim=(2, 3))

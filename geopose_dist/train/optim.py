@@ -30,7 +30,7 @@ def make_optimizer(recipe: OptimRecipe, net: nn.Module, device: torch.device) ->
         group = {"params": parameters, "lr": peak, "peak_lr": peak, "weight_decay": decay if decayed else 0.0}
         options.append(group)
     kind = torch.optim.AdamW if recipe.name == "adamw" else torch.optim.Adam
-    return kind(options, fused=device.type == "cuda")
+    return kind(options, fused=device.type in ("cpu", "cuda"))
 
 
 def lr_factor(recipe: OptimRecipe, step: int, fraction: float) -> float:

@@ -275,6 +275,7 @@ def with_data_means(model: ModelRecipe, shards: ShardSet) -> ModelRecipe:
     filled: dict[str, float] = {}
     for name, statistic, otherwise in (
         ("height_mean_m", "agl_mean_m", 4.0),
+        ("height_unit_m", "agl_std_m", 6.0),
         ("scale_mean_px_per_m", "scale_mean_px_per_m", 0.5),
     ):
         if getattr(model, name) is None:
