@@ -20,10 +20,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import BaseContext
 from types import TracebackType
 from typing import Any, Protocol, TypeVar, cast
 
-from geopose_dist.errors import UserError
+from geopose_dist.errors import FinishedWithFailures, UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -35,6 +37,39 @@ OBJECT_STORE_BYTES = 100_000_000
 def usable_cores() -> int:
     """Cores that this process may run on (containers and batch systems often allow fewer than exist)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+PARENTS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+"""Signals to a job that its first process answers: a batch system sends them to every process at once."""
+
+
+def fork_server() -> BaseContext:
+    """The context of worker processes, its server started deaf to the parent's signals.
+
+    A fork of this process could copy locks held by its threads (torch, OpenCV, rich), and a fresh interpreter
+    for each worker would take seconds. There is one server per process whoever starts it first, and without
+    it all workers die, so it must not die of a signal that is the parent's to answer. Workers inherit the
+    blocked signals; those that may die of them unblock them (`unblock_signals`).
+    """
+    context = multiprocessing.get_context("forkserver")
+    resource_tracker.ensure_running()  # first: its own start unblocks SIGINT and SIGTERM
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return context
+
+
+def unblock_signals() -> None:
+    """Let this worker die of signals like any process."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PARENTS_SIGNALS)
+
+
+def start_mapper() -> None:
+    """Set up a worker of `process_map`."""
+    unblock_signals()
+    one_thread()
 
 
 def one_thread() -> None:
@@ -50,15 +85,13 @@ def process_map(
     """Results of `function` over `items`, in order, computed by `workers` processes (0: one per core).
 
     With one worker everything runs in this process, which is easier to debug. At most four items per
-    worker are in flight. Raises what the function raises, and RuntimeError if a worker process dies.
+    worker are in flight. Raises what the function raises, and FinishedWithFailures if a worker dies.
     """
     workers = workers or usable_cores()
     if workers == 1:
         yield from map(function, items)
         return
-    # forkserver: a fork of this process could copy locks held by its threads (torch, OpenCV, rich).
-    context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=one_thread) as executor:
+    with ProcessPoolExecutor(workers, mp_context=fork_server(), initializer=start_mapper) as executor:
         waiting: deque[Future[Result]] = deque()
         try:
             for item in items:
@@ -68,7 +101,7 @@ def process_map(
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
-            raise RuntimeError(
+            raise FinishedWithFailures(
                 "a worker process died (killed, or out of memory); run the same command again, with fewer "
                 "workers if memory is short"
             ) from error
@@ -242,7 +275,7 @@ class _ProcessActor:
     """One process that works on one item after another."""
 
     def __init__(self, make: Make, gpu: int) -> None:
-        self._executor = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("forkserver"))
+        self._executor = ProcessPoolExecutor(1, mp_context=fork_server(), initializer=unblock_signals)
         self.ready: Future[Any] = self._executor.submit(_start_here, make, gpu)
 
     def submit(self, item: Any) -> Future[Any]:

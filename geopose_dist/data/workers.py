@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import platform
 import signal
-from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 
 import torch
@@ -26,7 +25,6 @@ MAX_WORKERS = 8
 SHARED_MEMORY = "/dev/shm"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of mallopt(3)."""
-PARENTS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
 def workers_for(recipe: DataRecipe) -> int:
@@ -59,15 +57,10 @@ def start_server() -> BaseContext:
 
     Calling it early in a run hides these two seconds. It inherits the blocked signals, and so do workers.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["geopose_dist.data.samples", "geopose_dist.augment"])
-    resource_tracker.ensure_running()  # first: its own start unblocks SIGINT and SIGTERM
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return context
+    multiprocessing.get_context("forkserver").set_forkserver_preload(
+        ["geopose_dist.data.samples", "geopose_dist.augment"]
+    )
+    return pool.fork_server()
 
 
 def keep_freed_memory() -> None:
@@ -87,5 +80,5 @@ def start_worker(_: int) -> None:
     keep_freed_memory()
     torch.set_num_threads(1)
     pool.one_thread()
-    for number in PARENTS_SIGNALS:
+    for number in pool.PARENTS_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
