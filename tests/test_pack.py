@@ -1,18 +1,11 @@
-"""Packing: exact round trips, the same bytes however it is run, and everything wrong named before anything is kept."""
+"""Packing: exact round trips, the same bytes however it is run, plans, splits and recipes."""
 
 from __future__ import annotations
 
 import gc
-import hashlib
-import io
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import tarfile
-import time
 import warnings
 from pathlib import Path
 
@@ -20,26 +13,18 @@ import numpy as np
 import pytest
 import tifffile
 import webdataset
+from packs import hashes, run_pack, spoil
 from tiles import make_dataset, write_tile
 
 from geopose_dist import cli, config
 from geopose_dist.data import codecs, manifest, resample
 from geopose_dist.data.reader import Reader
-from geopose_dist.errors import FinishedWithFailures, FoundProblems, UserError
+from geopose_dist.errors import FoundProblems, UserError
 from geopose_dist.geometry import agl_m_from_cm
-from shards import images, layouts, pack, pack_plan, tars
+from shards import images, layouts, pack, pack_plan
 from shards.pack import CodecRecipe, PackRecipe
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def run_pack(source: Path, out: Path, **options) -> None:
-    options = {"workers": 1, "shard_samples": 3} | options
-    pack.run(PackRecipe(source=str(source), out=str(out), **options))
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.is_file()}
 
 
 @pytest.fixture
@@ -144,160 +129,6 @@ def test_the_same_bytes_whoever_packs(dataset, tmp_path):
     assert hashes(tmp_path / "one")["train-000000.tar"] != hashes(tmp_path / "five")["train-000000.tar"]
 
 
-def test_packing_again_changes_nothing_and_mends_what_is_missing(dataset, tmp_path):
-    out = tmp_path / "out"
-    run_pack(dataset, out)
-    before = hashes(out)
-    times = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
-    run_pack(dataset, out)
-    assert {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")} == times
-    data = bytearray((out / "train-000001.tar").read_bytes())
-    data[3000] ^= 1
-    (out / "train-000001.tar").write_bytes(data)
-    (out / "train-000000.tar").unlink()
-    run_pack(dataset, out)
-    assert hashes(out) == before
-    assert (out / "train-000002.tar").stat().st_mtime_ns == times["train-000002.tar"]
-
-
-@pytest.mark.parametrize("shards_before", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_killed_and_run_again_it_goes_on(tmp_path, shards_before):
-    make_dataset(tmp_path / "data", 15, size=256)
-    words = [sys.executable, "-m", "geopose_dist", "pack", "--source", str(tmp_path / "data"), "--out"]
-    options = ["--shard-samples", "3", "--workers", "2"]
-    process = subprocess.Popen([*words, str(tmp_path / "out"), *options], cwd=ROOT, start_new_session=True)
-    waiting = tmp_path / "out" / ".pack" / "records"
-    limit = time.monotonic() + 60
-    while len(list(waiting.glob("*.json"))) < shards_before and time.monotonic() < limit:
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    done = {path: path.stat().st_mtime_ns for path in waiting.glob("*.json")}
-    assert len(done) >= shards_before
-    if not (tmp_path / "out" / "manifest.json").exists():
-        assert not list((tmp_path / "out").glob("*.tar"))
-    run_pack(tmp_path / "data", tmp_path / "out")
-    run_pack(tmp_path / "data", tmp_path / "whole")
-    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
-    assert {path: path.stat().st_mtime_ns for path in done} == done
-    assert not list((tmp_path / "out").rglob("*.tmp"))
-
-
-def spoil(dataset: Path) -> dict[str, str]:
-    """Damage five tiles, each in its own way; what is said of each key."""
-    keys = sorted(path.name.removesuffix("_RGB.j2k") for path in (dataset / "train").glob("*_RGB.j2k"))
-    folder = dataset / "train"
-    image = folder / f"{keys[0]}_RGB.j2k"
-    image.write_bytes(image.read_bytes()[:-300])
-    heights = folder / f"{keys[1]}_AGL.tif"
-    heights.write_bytes(heights.read_bytes()[: heights.stat().st_size // 2])
-    (folder / f"{keys[2]}_VFLOW.json").write_text('{"scale": 0.8, "angle": 1}')
-    tifffile.imwrite(folder / f"{keys[3]}_AGL.tif", np.zeros((64, 62), np.uint16))
-    tifffile.imwrite(folder / f"{keys[4]}_AGL.tif", np.zeros((64, 64), np.float32))
-    said = [
-        "_RGB.j2k: damaged or cut short",
-        "_AGL.tif: damaged",
-        "_VFLOW.json: scale is 0.8, which looks like px/m",
-        "_AGL.tif: 64 x 62 pixels, but its image",
-        "_AGL.tif: heights are float32",
-    ]
-    return dict(zip(keys, said, strict=False))
-
-
-def test_every_damaged_tile_is_named_and_nothing_is_kept(dataset, tmp_path):
-    said = spoil(dataset)
-    with pytest.raises(FoundProblems) as caught:
-        run_pack(dataset, tmp_path / "out", skip_damaged=4)
-    assert len(caught.value.problems) == 5
-    for key, sentence in said.items():
-        assert sum(key + sentence in problem for problem in caught.value.problems) == 1
-    assert "--skip-damaged 5" in str(caught.value)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [".pack"]
-
-
-def test_damaged_tiles_can_be_left_out(dataset, tmp_path, capsys):
-    said = spoil(dataset)
-    words = ["pack", "--source", str(dataset), "--out", str(tmp_path / "out"), "--shard-samples", "3"]
-    assert cli.main([*words, "--workers", "1", "--skip-damaged", "5"]) == 1
-    first = capsys.readouterr().err
-    assert all(key + sentence in first for key, sentence in said.items())
-    with pytest.raises(FinishedWithFailures) as again:  # nothing is left to do, and the same is said
-        run_pack(dataset, tmp_path / "out", skip_damaged=5)
-    assert str(again.value) in first
-    facts = manifest.read_manifest(tmp_path / "out")
-    assert facts.splits() == {"test": 2, "train": 5}
-    assert [s.samples for s in facts.shards if s.split == "train"] == [3, 2]
-    # The same as if the damaged tiles had never been there.
-    for key in said:
-        for path in (dataset / "train").glob(f"{key}_*"):
-            path.unlink()
-    (dataset / "geopose_train.csv").unlink()
-    run_pack(dataset, tmp_path / "without")
-    assert {k: v for k, v in hashes(tmp_path / "out").items() if k.endswith("tar")} == {
-        k: v for k, v in hashes(tmp_path / "without").items() if k.endswith("tar")
-    }
-
-
-def test_a_mended_source_goes_on(dataset, tmp_path):
-    image = sorted((dataset / "train").glob("*_RGB.j2k"))[0]
-    good = image.read_bytes()
-    image.write_bytes(good[:-300])
-    with pytest.raises(FoundProblems, match="damaged or cut short"):
-        run_pack(dataset, tmp_path / "out")
-    image.write_bytes(good)
-    run_pack(dataset, tmp_path / "out")
-    run_pack(dataset, tmp_path / "other")
-    assert hashes(tmp_path / "out") == hashes(tmp_path / "other")
-
-
-def test_a_changed_file_is_packed_again(dataset, tmp_path):
-    run_pack(dataset, tmp_path / "out")
-    before = hashes(tmp_path / "out")
-    label = sorted((dataset / "train").glob("*_VFLOW.json"))[0]
-    label.write_text('{"scale": 0.011, "angle": 2.5}')
-    run_pack(dataset, tmp_path / "out")
-    run_pack(dataset, tmp_path / "fresh")
-    after = hashes(tmp_path / "out")
-    assert after == hashes(tmp_path / "fresh")
-    assert sum(before[name] != after[name] for name in before if name.endswith(".tar")) == 1
-
-
-def test_damage_that_one_part_finds_changes_the_plan_of_all(dataset, tmp_path):
-    spoil(dataset)
-    said = []
-    for part in ("1/2", "2/2", "1/2", "2/2"):
-        try:
-            run_pack(dataset, tmp_path / "out", part=part, skip_damaged=5)
-        except FinishedWithFailures as failures:
-            said.append(str(failures))
-    assert len(said) >= 1
-    with pytest.raises(FinishedWithFailures):
-        run_pack(dataset, tmp_path / "alone", skip_damaged=5)
-    assert hashes(tmp_path / "out") == hashes(tmp_path / "alone")
-
-
-def test_another_recipe_or_source_in_one_folder_is_refused(dataset, tmp_path):
-    run_pack(dataset, tmp_path / "out")
-    with pytest.raises(UserError, match="reduce was 2, now 1"):
-        run_pack(dataset, tmp_path / "out", reduce=1)
-    make_dataset(tmp_path / "other", 10, test=2)
-    with pytest.raises(UserError, match=r"source was '.*data', now '.*other'"):
-        run_pack(tmp_path / "other", tmp_path / "out")
-    write_tile(dataset / "train", "ARG_new", 99)
-    with pytest.raises(UserError, match="tiles was 12, now 13"):
-        run_pack(dataset, tmp_path / "out")
-    shutil.rmtree(tmp_path / "out" / ".pack")
-    with pytest.raises(UserError, match="holds a finished packing that this command did not make"):
-        run_pack(dataset, tmp_path / "out")
-
-
-def test_a_first_try_that_wrote_nothing_binds_nobody(dataset, tmp_path):
-    write_tile(tmp_path / "wrong", "OMA_a", 1, size=(63, 64))
-    with pytest.raises(FoundProblems):
-        run_pack(tmp_path / "wrong", tmp_path / "out")
-    run_pack(dataset, tmp_path / "out")
-
-
 def test_odd_sizes(tmp_path):
     write_tile(tmp_path / "data", "OMA_a", 1, size=(63, 64))
     write_tile(tmp_path / "data", "OMA_b", 2, size=(64, 65))
@@ -351,37 +182,6 @@ def test_split_files_that_are_wrong(dataset, tmp_path, text, said):
         run_pack(dataset, tmp_path / "out", split=str(tmp_path / "split.json"))
     with pytest.raises(UserError, match="cannot be read"):
         run_pack(dataset, tmp_path / "out", split=str(tmp_path / "absent.json"))
-
-
-@pytest.mark.parametrize("after", [0, 1, 9000])
-def test_out_of_disk(dataset, tmp_path, monkeypatch, after):
-    """The disk fills after some bytes: one sentence, no manifest, no half shard, and going on works."""
-    real = tars.write_samples
-
-    class Full(io.BufferedIOBase):
-        def __init__(self, file):
-            self.file = file
-
-        def write(self, data):
-            if self.file.tell() + len(data) > after:
-                raise OSError(28, "No space left on device")
-            return self.file.write(data)
-
-    monkeypatch.setattr(tars, "write_samples", lambda file, samples: real(Full(file), samples))
-    with pytest.raises(
-        UserError, match=r"the disk is full \(No space left on device\); what is finished is kept"
-    ):
-        run_pack(dataset, tmp_path / "out")
-    left = [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()]
-    assert [name for name in left if name.endswith((".tar", ".tmp")) or name == "manifest.json"] == []
-    monkeypatch.undo()
-    run_pack(dataset, tmp_path / "out")
-
-
-def test_a_folder_that_cannot_be_written(dataset, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file: cannot be made"):
-        run_pack(dataset, tmp_path / "file")
 
 
 def test_a_plan_without_packing(dataset, capsys):
@@ -448,7 +248,3 @@ def test_order_is_a_function_of_seed_and_split():
     flat = [int(tile.key[4:]) for shard in plans[0] for tile in shard.tiles]
     assert sorted(flat) == list(range(100))
     assert np.mean(np.abs(np.diff(flat)) < 3) < 0.15  # strangers
-
-
-def test_failures_are_not_the_users_mistake():
-    assert not issubclass(FinishedWithFailures, UserError)
