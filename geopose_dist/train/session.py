@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import math
-import statistics
 import sys
 import time
 from collections.abc import Iterable
@@ -19,18 +17,16 @@ import torch
 
 from geopose_dist import config, files
 from geopose_dist.augment import Augmenter
-from geopose_dist.data import manifest
 from geopose_dist.data.loader import train_loader
 from geopose_dist.data.manifest import ShardSet
 from geopose_dist.data.reader import open_shards
 from geopose_dist.errors import UserError
 from geopose_dist.metrics_log import MetricsLog
 from geopose_dist.metrics_log import Progress as ProgressBar
-from geopose_dist.model import pretrained, weights
-from geopose_dist.model.recipe import LossRecipe, ModelRecipe
+from geopose_dist.model import weights
 from geopose_dist.model.unet import GeoposeNet
 from geopose_dist.runtime import World
-from geopose_dist.train import checkpoint
+from geopose_dist.train import checkpoint, opening
 from geopose_dist.train.checkpoint import Progress, Snapshot
 from geopose_dist.train.optim import AveragedWeights, make_optimizer
 from geopose_dist.train.recipe import Length, TrainRecipe
@@ -164,10 +160,8 @@ def open_session(recipe: TrainRecipe, world: World) -> Session:
     if not recipe.data.shards:
         raise UserError("data.shards is not set; name the folder that `geopose pack` made: --data.shards DIR")
     shards = open_shards(recipe.data.shards, recipe.data.train_split)
-    validation = _validation_split(recipe, world)
-    recipe = replace(
-        recipe, model=with_data_means(recipe.model, shards), loss=with_city_spread(recipe.loss, shards)
-    )
+    validation = opening.validation_split(recipe, world)
+    recipe = opening.with_data_facts(recipe, shards)
     run = Path(recipe.out)
     folders = weights.step_folders(run)
     fingerprint = shards.fingerprint()
@@ -178,12 +172,12 @@ def open_session(recipe: TrainRecipe, world: World) -> Session:
 
     torch.manual_seed(recipe.seed)
     net = GeoposeNet(recipe.model)
-    source = start_weights(net, recipe, stored)
+    source = opening.start_weights(net, recipe, stored)
     net.to(world.device)
     if recipe.channels_last:
         net.to(memory_format=torch.channels_last)
     net.train()
-    set_arithmetic(recipe.precision)
+    opening.set_arithmetic(recipe.precision)
     optimizer = make_optimizer(recipe.optim, net, world.device)
     stepper = Stepper(recipe, net, optimizer, world, shards.manifest.cities)
     ema = AveragedWeights(net, recipe.ema_decay) if recipe.ema_decay > 0 else None
@@ -219,7 +213,7 @@ def open_session(recipe: TrainRecipe, world: World) -> Session:
         total_steps=total_steps,
         validation=validation,
         log=MetricsLog(run, progress.step, tensorboard=True) if world.is_first else _NoLog(),
-        facts=facts_of(shards),
+        facts=opening.facts_of(shards),
         progress=progress,
         finished=finished,
     )
@@ -242,73 +236,3 @@ class _NoLog(MetricsLog):
 
     def write(self, kind: str, line: dict[str, Any]) -> None:
         raise AssertionError("only the first rank writes metrics")
-
-
-def _validation_split(recipe: TrainRecipe, world: World) -> ShardSet | None:
-    known = manifest.read_manifest(Path(recipe.data.shards)).splits()
-    if known.get(recipe.data.validation_split, 0) == 0:
-        if world.is_first:
-            print(
-                f"{recipe.data.shards} has no split {recipe.data.validation_split!r}: no score will be taken; "
-                "`geopose split` makes a leak-free one",
-                file=sys.stderr,
-            )
-        return None
-    return open_shards(recipe.data.shards, recipe.data.validation_split)
-
-
-def start_weights(net: GeoposeNet, recipe: TrainRecipe, stored: Snapshot | None) -> str:
-    """Fill `net` from the checkpoint, from `init_from`, or from its encoder's source; says which."""
-    if stored is not None:
-        weights.load_state(net, stored.model, recipe.out)
-        return "goes on"
-    if recipe.init_from is not None:
-        donor, _ = weights.load_net(Path(recipe.init_from))
-        weights.load_state(net, donor.state_dict(), recipe.init_from)
-        return f"starts from the weights of {recipe.init_from}"
-    return pretrained.load_encoder(net)
-
-
-def with_data_means(model: ModelRecipe, shards: ShardSet) -> ModelRecipe:
-    """Fill the model's starting height and scale from the statistics of the training split, if unset."""
-    cities = [facts for facts in shards.manifest.statistics.get(shards.split, {}).values() if facts]
-    filled: dict[str, float] = {}
-    for name, statistic, otherwise in (
-        ("height_mean_m", "agl_mean_m", 4.0),
-        ("height_unit_m", "agl_std_m", 6.0),
-        ("scale_mean_px_per_m", "scale_mean_px_per_m", 0.5),
-    ):
-        if getattr(model, name) is None:
-            means = [facts[statistic] for facts in cities if facts.get(statistic)]
-            filled[name] = round(max(sum(means) / len(means), 1e-3), 6) if means else otherwise
-    return dataclasses.replace(model, **filled)  # type: ignore[arg-type]
-
-
-def with_city_spread(loss: LossRecipe, shards: ShardSet) -> LossRecipe:
-    """Fill the loss's standard deviations by city from the statistics of the training split, if unset.
-
-    A city without known heights gets the median of the others.
-    """
-    if loss.city_std_m:
-        return loss
-    cities = shards.manifest.statistics.get(shards.split, {})
-    known = {city: facts["agl_std_m"] for city, facts in cities.items() if facts.get("agl_std_m")}
-    middle = statistics.median(known.values()) if known else 1.0
-    spread = {city: round(max(known.get(city, middle), 0.1), 6) for city in shards.manifest.cities}
-    return replace(loss, city_std_m=spread)
-
-
-def facts_of(shards: ShardSet) -> dict[str, Any]:
-    """What prediction must share with training, for the checkpoint."""
-    return {
-        "reduction": int(shards.manifest.recipe.get("reduce", 1)),
-        "cities": shards.manifest.cities,
-        "fingerprint": shards.fingerprint(),
-    }
-
-
-def set_arithmetic(precision: str) -> None:
-    """Let matrix products and convolutions of float32 use TF32, or forbid it."""
-    kind = "tf32" if precision in ("tf32", "bf16", "fp16") else "ieee"
-    torch.backends.cuda.matmul.fp32_precision = kind
-    torch.backends.cudnn.conv.fp32_precision = kind  # type: ignore[attr-defined]

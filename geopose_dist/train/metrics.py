@@ -1,0 +1,83 @@
+"""What a step tells: the speed since the last line, and a line of metrics about the step just taken.
+
+A step leaves its numbers on the device. They are read here, every `log_every` steps, in one go: reading is
+waiting for the device.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from geopose_dist.errors import FinishedWithFailures
+from geopose_dist.metrics_log import Progress as ProgressBar
+from geopose_dist.model import loss
+from geopose_dist.train.session import Session
+from geopose_dist.train.step import StepResult
+
+
+@dataclass
+class Meter:
+    """Speed since the last line of metrics.
+
+    Attributes:
+        global_batch: tiles of one step over all ranks.
+    """
+
+    global_batch: int
+
+    def __post_init__(self) -> None:
+        self._began, self._waited_s, self._steps = time.monotonic(), 0.0, 0
+
+    def waiting(self, steps: Iterator[Any]) -> Any:
+        """The next step's batches, with the time it took counted as waiting for data."""
+        began = time.monotonic()
+        batches = next(steps)
+        self._waited_s += time.monotonic() - began
+        self._steps += 1
+        return batches
+
+    def take(self) -> dict[str, float]:
+        """Tiles per second over all ranks and the share of time spent waiting; starts anew."""
+        passed = max(time.monotonic() - self._began, 1e-9)
+        speeds = {
+            "tiles_per_s": self._steps * self.global_batch / passed,
+            "data_wait_share": self._waited_s / passed,
+        }
+        self.__post_init__()
+        return speeds
+
+
+def write_metrics(
+    session: Session, result: StepResult, meter: Meter, bar: ProgressBar, keys: list[str]
+) -> None:
+    """One line of metrics.jsonl about the step just taken; a loss that is not finite ends the run by name."""
+    shares = session.world.sum(torch.cat([result.loss[None], result.terms]))
+    value, *terms = (float(share) for share in shares)
+    step, optimizer = session.progress.step, session.stepper.optimizer
+    if value != value or abs(value) == float("inf"):
+        raise FinishedWithFailures(
+            f"step {step}: the loss is {value}; this rank's tiles: {', '.join(keys)}; the last "
+            f"checkpoint in {session.recipe.out} is whole; lower optim.lr, or look at these tiles"
+        )
+    weight = loss.weights(session.recipe.loss)
+    line: dict[str, Any] = {
+        "step": step,
+        "epoch": step * session.recipe.data.global_batch / session.samples,
+        "loss": value,
+        **{f"loss_{name}": term for name, term in zip(loss.TERMS, terms, strict=True) if weight[name] > 0},
+        **meter.take(),
+        "lr": optimizer.param_groups[-1]["lr"],
+        "grad_norm": float(result.grad_norm),
+    }
+    if session.world.device.type == "cuda":
+        line["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    if session.world.is_first:
+        session.log.write("metrics", line)
+        bar.advance(
+            0, f"loss {value:.4g}, {line['tiles_per_s']:.3g} tiles/s, waiting {line['data_wait_share']:.0%}"
+        )
