@@ -48,7 +48,7 @@ SHIPPED = harness.collect
 def test_shipped_cases_are_functions_of_what_is_offered() -> None:
     for name, case in SHIPPED().items():
         for parameter in inspect.signature(case).parameters.values():
-            offered = parameter.name in ("repeats", "shards", "recipe")
+            offered = parameter.name in ("repeats", "shards", "recipe", "run")
             assert offered or parameter.default is not parameter.empty, f"{name} wants {parameter.name}"
 
 
@@ -96,7 +96,7 @@ def test_unknown_and_unable_cases_are_refused(capsys: pytest.CaptureFixture[str]
     assert "beside, plain, reads" in said
     assert "did you mean plain" in said
     assert cli.main(["bench", "reads"]) == 2
-    assert "--shards is missing" in capsys.readouterr().err
+    assert "needs --shards" in capsys.readouterr().err
 
 
 def test_median_and_spread() -> None:

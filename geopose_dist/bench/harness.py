@@ -1,14 +1,16 @@
 """`geopose bench CASES...`: run named measurements and say what they were taken with.
 
 A case is a function in some `bench/cases_*.py`, listed there in `CASES` by its name; it gets those of
-`repeats`, `shards` and `recipe` that it asks for and returns one row or several: dicts with `case`,
-`tiles_per_s` and `spread`, or whatever unit it measures, and `baseline` and `speedup` where it stands beside
-one. The harness keeps libraries to one thread (the quantity that scales), prints a table, writes the JSON.
+`repeats`, `shards`, `run` (a training recipe) and `recipe` (all of it) that it asks for and returns one row
+or several: dicts with `case`, `tiles_per_s` and `spread`, or whatever unit it measures, and `baseline` and
+`speedup` where it stands beside one. The harness keeps libraries to one thread (the quantity that scales),
+prints a table, writes the JSON.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import difflib
 import gc
@@ -26,8 +28,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import yaml
+
 from geopose_dist import files
 from geopose_dist.errors import UserError
+from geopose_dist.train.recipe import TrainRecipe
 
 Row = dict[str, Any]
 Case = Callable[..., Any]
@@ -57,6 +62,14 @@ class BenchRecipe:
     """Threads of each library inside a process; 0 leaves them as they are."""
     data: BenchData = field(default_factory=BenchData)
     """What the cases read."""
+    run: TrainRecipe = field(default_factory=TrainRecipe)
+    """The training recipe that epoch and step measure; --config train/base lays it here."""
+    steps: int = 10
+    """Optimiser steps of one measurement of epoch and step."""
+    tiles: int = 5923
+    """Tiles of the epoch whose length is told; the challenge's training set has 5,923."""
+    of_training: bool = False
+    """Set by a training recipe given as --config."""
 
     ALIASES: ClassVar[Mapping[str, str]] = {"shards": "data.shards"}
 
@@ -65,6 +78,21 @@ class BenchRecipe:
             raise ValueError(f"--repeats is {self.repeats}; wanted at least 1")
         if self.threads < 0:
             raise ValueError(f"--threads is {self.threads}; wanted 0 (as they are) or more")
+        if self.steps < 1 or self.tiles < 1:
+            raise ValueError(f"--steps is {self.steps}, --tiles {self.tiles}; wanted at least 1 of each")
+
+    @staticmethod
+    def adapt_config(path: Path) -> str:
+        """A training recipe becomes the `run` of the benchmark; a file of the benchmark's own stays."""
+        text = path.read_text()
+        try:
+            values: Any = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"--config {path}: not YAML ({' '.join(str(error).split())}); mend it") from error
+        own = {f.name for f in dataclasses.fields(BenchRecipe)} - {"data"}
+        if not isinstance(values, dict) or own & values.keys():
+            return text
+        return yaml.safe_dump({"run": values, "of_training": True})
 
 
 @dataclass(frozen=True)
@@ -149,25 +177,30 @@ def keep_to(threads: int) -> None:
         torch.set_num_threads(threads)
 
 
-def chosen(names: list[str], known: Mapping[str, Case], shards: Path | None) -> list[str]:
-    """The cases to run; UserError for unknown names, and for named cases that lack their shards."""
+def chosen(
+    names: list[str], known: Mapping[str, Case], shards: Path | None, run: TrainRecipe | None = None
+) -> list[str]:
+    """The cases to run; UserError for unknown names, and for named cases that lack their shards or recipe."""
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]}" if near else ""
             raise UserError(f"bench has no case {name!r}; it has: {', '.join(sorted(known))}{hint}")
-    needs = [name for name in names or known if shards is None and _requires_shards(known[name])]
-    if names and needs:
-        raise UserError(
-            f"bench {', '.join(needs)}: --shards is missing; give a folder made by `geopose pack`"
-        )
-    for name in needs:
-        print(f"bench: {name} is left out; it reads shards: give --shards", file=sys.stderr)
-    return list(names) or [name for name in known if name not in needs]
+    lacking: dict[str, str] = {}
+    for name in names or known:
+        if shards is None and _requires(known[name], "shards"):
+            lacking[name] = "--shards, a folder made by `geopose pack`"
+        if run is None and _requires(known[name], "run"):
+            lacking[name] = "--config, a training recipe such as train/base"
+    for name, what in lacking.items():
+        if names:
+            raise UserError(f"bench {name} needs {what}")
+        print(f"bench: {name} is left out; it needs {what}", file=sys.stderr)
+    return list(names) or [name for name in known if name not in lacking]
 
 
-def _requires_shards(case: Case) -> bool:
-    parameter = inspect.signature(case).parameters.get("shards")
+def _requires(case: Case, argument: str) -> bool:
+    parameter = inspect.signature(case).parameters.get(argument)
     return parameter is not None and parameter.default is inspect.Parameter.empty
 
 
@@ -195,8 +228,10 @@ def run(recipe: BenchRecipe) -> None:
 
     keep_to(recipe.threads)
     known = collect()
-    names = chosen(recipe.cases, known, recipe.data.shards)
-    offered = {"repeats": recipe.repeats, "shards": recipe.data.shards, "recipe": recipe}
+    shards = recipe.data.shards or (Path(recipe.run.data.shards) if recipe.run.data.shards else None)
+    training = recipe.run if recipe.of_training else None
+    names = chosen(recipe.cases, known, shards, training)
+    offered = {"repeats": recipe.repeats, "shards": shards, "recipe": recipe, "run": training}
     rows: list[Row] = []
     for name in names:
         print(f"bench: {name} ...", file=sys.stderr, flush=True)
@@ -228,6 +263,8 @@ def _print_table(rows: list[Row], facts: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     columns = list(dict.fromkeys(key for row in rows for key in row if key != "verdict"))
+    alike = shared_facts(rows)
+    columns = [column for column in columns if column not in alike]
     cpu, cores = facts["machine"]["cpu"], facts["machine"]["cores"]
     table = Table(caption=f"{cpu}, {cores} cores; {facts['date']}; commit {facts['commit'][:12]}")
     for column in columns:
@@ -237,8 +274,22 @@ def _print_table(rows: list[Row], facts: Mapping[str, Any]) -> None:
         table.add_row(*(_shown(row.get(column, "")) for column in columns))
     # A log file is no terminal, and a number cut to fit is no number.
     console = Console() if sys.stdout.isatty() else Console(width=200)
+    if alike:
+        console.print(", ".join(f"{name} {_shown(value)}" for name, value in alike.items()), markup=False)
     console.print(table)
     console.print(facts["verdict"], markup=False)
+
+
+def shared_facts(rows: list[Row]) -> Row:
+    """What all of several rows say alike, told once above the table; measured values stay in it."""
+    if len(rows) < 2:
+        return {}
+    return {
+        name: value
+        for name, value in rows[0].items()
+        if not isinstance(value, float) and name not in ("case", "verdict")
+        if all(name in row and row[name] == value for row in rows)
+    }
 
 
 def _shown(value: object) -> str:

@@ -131,6 +131,11 @@ class TrainLoader:
                 f"{self._recipe.damage_limit} allows; the last: {last.reason}"
             )
 
+    def worker_pids(self) -> list[int]:
+        """Process numbers of the workers; empty before iteration and where there are none."""
+        workers = self._iterator._workers if self._iterator is not None and self._workers else []
+        return [worker.pid for worker in workers]
+
     def close(self) -> None:
         """End the workers; they ignore SIGTERM, so whatever does not end by itself is killed."""
         iterator, self._iterator = self._iterator, None
