@@ -53,7 +53,8 @@ class BenchRecipe:
     """Which measurements to take."""
 
     cases: list[str] = field(default_factory=list)
-    """Names of the cases, as words before the first option; none: all that can run."""
+    """Names of the cases, as words before the first option; none: all that can run. Instead of cases:
+    `compare A.json B.json`, `plot A.json ... --out FIGURE.png`, `tables [--check]` (of PERFORMANCE.md)."""
     json: Path | None = None
     """File for the results with machine, commit, command and date."""
     repeats: int = 5
@@ -68,6 +69,12 @@ class BenchRecipe:
     """Optimiser steps of one measurement of epoch and step."""
     tiles: int = 5923
     """Tiles of the epoch whose length is told; the challenge's training set has 5,923."""
+    out: Path | None = None
+    """Figure that plot draws: .png, .pdf or .svg."""
+    page: Path = Path("PERFORMANCE.md")
+    """Page whose tables are made by tables."""
+    check: bool = False
+    """With tables: change nothing, and fail if the page says something else than the results."""
     of_training: bool = False
     """Set by a training recipe given as --config."""
 
@@ -223,7 +230,10 @@ def verdict(rows: list[Row]) -> str:
 
 
 def run(recipe: BenchRecipe) -> None:
-    """Take the measurements that `recipe` names (UserError for unknown cases)."""
+    """Take the measurements that `recipe` names, or work on results that are there (UserError)."""
+    if recipe.cases and recipe.cases[0] in ("compare", "plot", "tables"):
+        work_on_results(recipe.cases[0], [Path(name) for name in recipe.cases[1:]], recipe)
+        return
     from geopose_dist.bench import machine
 
     keep_to(recipe.threads)
@@ -251,6 +261,22 @@ def run(recipe: BenchRecipe) -> None:
     if recipe.json is not None:
         files.write_bytes(recipe.json, (json.dumps(facts, indent=1, default=_plain) + "\n").encode())
     _print_table(rows, facts)
+
+
+def work_on_results(what: str, names: list[Path], recipe: BenchRecipe) -> None:
+    """`compare`, `plot` or `tables` over files of results."""
+    from geopose_dist.bench import compare, plot, tables
+
+    if what == "plot":
+        plot.run(names, recipe.out)
+    elif what == "tables":
+        if names:
+            raise UserError(f"bench tables takes no files, got {names[0]}; --page names the page")
+        tables.run(recipe.page, recipe.check)
+    else:
+        rows = compare.run(names)
+        if recipe.json is not None:
+            files.write_bytes(recipe.json, (json.dumps({"results": rows}, indent=1) + "\n").encode())
 
 
 def _plain(value: object) -> object:
