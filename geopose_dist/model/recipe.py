@@ -66,20 +66,30 @@ class LossRecipe:
     value does not depend on how the batch is cut over ranks and micro-batches.
     """
 
-    agl: Literal["mse", "r2", "huber"] = "mse"
+    agl: Literal["mse", "r2", "batch_r2", "huber"] = "mse"
     """Height term: mean square (m^2); mean square over the variance of the tile's city (r2: what is scored, in
-    which a low city counts as much as one of towers); or Huber with `huber_m`."""
+    which a low city counts as much as one of towers); over the batch's own spread around the cities' means
+    (batch_r2: the challenge's first place); or Huber with `huber_m`."""
     agl_weight: float = 1.0
     """Weight of the height term."""
     city_std_m: dict[str, float] = field(default_factory=dict)
     """Standard deviation of heights by city, for r2 and the flow term; empty: the training shards' own."""
+    city_mean_m: dict[str, float] = field(default_factory=dict)
+    """Mean height by city, for batch_r2; empty: the training shards' own."""
+    city_mean_px: dict[str, float] = field(default_factory=dict)
+    """Mean flow magnitude by city, for batch_r2; empty: mean height times mean scale of the training shards."""
+    city_spread: Literal["fixed", "running"] = "fixed"
+    """Whether means and deviations by city stay as above, or become those of all labels seen before the step,
+    over all ranks: after augmentation, too. Running sums are part of a checkpoint."""
     huber_m: float = 5.0
     """Where Huber turns from squares to absolute values, in metres."""
     tail_std: float = 0.0
     """Under r2 and in the flow term, errors beyond so many of the city's standard deviations grow linearly:
     one tower missed by 100 m must not drown a batch of houses in a short run; 0: squares throughout."""
     magnitude_weight: float = 2.0
-    """Weight of the mean square error of the flow magnitude (px^2)."""
+    """Weight of the term of the flow magnitude."""
+    magnitude: Literal["mse", "batch_r2"] = "mse"
+    """Magnitude term: mean square (px^2; benchmark), or over the batch's own spread around the cities' means."""
     direction: Literal["mse", "cosine"] = "mse"
     """Direction term: mean square of the vector (benchmark), or one minus the cosine."""
     direction_weight: float = 10.0
@@ -99,6 +109,22 @@ class LossRecipe:
     flow_weight: float = 0.0
     """Weight of the mean square error of the flow itself, the thing scored: in metres (pixels over the true
     scale) over the variance of the city's heights, so that cities seen at a low scale count alike."""
+    focal_weight: float = 0.0
+    """Weight of the focal mean square error of heights: hard pixels count more (first place: 0.05)."""
+    focal_magnitude_weight: float = 0.0
+    """Weight of the focal mean square error of magnitudes (first place: 0.05)."""
+    focal_beta: float = 0.2
+    """How fast focal weights grow with the error, per metre or pixel."""
+    focal_gamma: float = 1.0
+    """Power of the focal weights."""
+    normal_weight: float = 0.0
+    """Weight of one minus the cosine between predicted and true surface normals."""
+    spacing_m: float = 0.7
+    """Metres of ground from pixel to pixel, for the normals of tiles whose GSD is unknown."""
+    gradient_weight: float = 0.0
+    """Weight of the edge term: logarithms of the gradient of the height error."""
+    gradient_m: float = 0.5
+    """Error of a step between neighbours, in metres, from which the edge term's logarithm bends."""
     reduction: Literal["pooled", "per_image"] = "pooled"
     """Per-pixel terms over all known pixels of the batch (benchmark's code), or mean of per-image means
     (the tutorial's text)."""
@@ -107,8 +133,14 @@ class LossRecipe:
         for name, value in self.__dict__.items():
             if name.endswith("_weight") and not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"loss.{name} is {value}; wanted a finite number >= 0")
-        if self.huber_m <= 0:
-            raise ValueError(f"loss.huber_m is {self.huber_m}; wanted a number above 0")
+        for name in ("huber_m", "focal_beta", "spacing_m", "gradient_m"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"loss.{name} is {getattr(self, name)}; wanted a number above 0")
+        if not self.focal_gamma >= 1:
+            raise ValueError(f"loss.focal_gamma is {self.focal_gamma}; wanted a number >= 1")
+        for city, spread in self.city_std_m.items():
+            if not spread > 0:
+                raise ValueError(f"loss.city_std_m.{city} is {spread}; wanted a number above 0")
         for name in ("lean_px", "tail_std"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"loss.{name} is {getattr(self, name)}; wanted a number >= 0")
