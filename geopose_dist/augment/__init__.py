@@ -5,7 +5,19 @@ direction, scale and GSD follow by `geometry.Pose`. See recipe.py for what may b
 """
 
 from geopose_dist.augment.apply import Augmenter, apply, raise_heights
+from geopose_dist.augment.deferred import Deferrer, defer, transform_of
 from geopose_dist.augment.draw import Draw, Tone, draw
 from geopose_dist.augment.recipe import AugmentRecipe
 
-__all__ = ["AugmentRecipe", "Augmenter", "Draw", "Tone", "apply", "draw", "raise_heights"]
+__all__ = [
+    "AugmentRecipe",
+    "Augmenter",
+    "Deferrer",
+    "Draw",
+    "Tone",
+    "apply",
+    "defer",
+    "draw",
+    "raise_heights",
+    "transform_of",
+]

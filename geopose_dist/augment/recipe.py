@@ -24,6 +24,9 @@ class AugmentRecipe:
 
     preset: Preset = "strong"
     """What unset fields are: none, dihedral, benchmark, strong, or faithful (with its faults)."""
+    where: Literal["workers", "device"] = "workers"
+    """Who does what was drawn: the loader's processes, or the device of the training, where CPU cores are
+    scarce; the same but for the noise, which the device draws from its own generator."""
     heights_p: float | None = None
     """Probability of raising all heights by a factor; needs height and pose labels."""
     heights_max_factor: float | None = None
@@ -65,6 +68,12 @@ class AugmentRecipe:
 
     def __post_init__(self) -> None:
         settings = self.settings()
+        if self.where not in ("workers", "device"):
+            raise ValueError(f"where is {self.where!r}; wanted workers or device")
+        if self.where == "device" and settings.faults:
+            raise ValueError(
+                "where is device with preset faithful, whose faults only the workers can repeat; set where workers"
+            )
         for field in dataclasses.fields(settings):
             value = getattr(settings, field.name)
             if field.name.endswith("_p") and not 0 <= value <= 1:
@@ -90,12 +99,14 @@ class AugmentRecipe:
         """The preset with the fields that are set here."""
         if self.preset not in PRESETS:
             raise ValueError(f"preset is {self.preset!r}; wanted one of {', '.join(PRESETS)}")
-        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "preset"}
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _NO_SETTING}
         given = {name: value for name, value in given.items() if value is not None}
         if "order" in given:
             given["order"] = tuple(given["order"])
         return dataclasses.replace(PRESETS[self.preset], **given)
 
+
+_NO_SETTING = ("preset", "where")
 
 _STRENGTHS = {"brightness": 1.0, "contrast": 1.0, "gamma": 3.0, "colour": 1.0, "haze": 1.0, "noise": 40.0}
 

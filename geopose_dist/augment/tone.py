@@ -32,9 +32,15 @@ def table(tone: Tone) -> U8:
     return rounded
 
 
+def noise_of(tone: Tone) -> npt.NDArray[np.int8]:
+    """int8 [256]: what each random byte adds to a value; all 0 without noise."""
+    rounded: npt.NDArray[np.int8] = np.rint(_NORMAL * tone.noise).clip(-127, 127).astype(np.int8)
+    return rounded
+
+
 def apply_tone(rgb: U8, tone: Tone) -> U8:
     """The image uint8 [H, W, 3] with its colours changed; a pure function of image and tone."""
-    noise: npt.NDArray[np.int8] = np.rint(_NORMAL * tone.noise).clip(-127, 127).astype(np.int8)
+    noise = noise_of(tone)
     if not noise.any():
         return kernels.tone(rgb, table(tone))
     random = np.frombuffer(

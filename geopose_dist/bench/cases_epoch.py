@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from geopose_dist import pool
-from geopose_dist.augment import Augmenter
+from geopose_dist.augment import transform_of
 from geopose_dist.bench import verdicts
 from geopose_dist.bench.harness import BenchRecipe, Row, Timing, timing
 from geopose_dist.data.batch import Batch, to_device
@@ -136,7 +136,7 @@ def bench_loader(session: Session) -> TrainLoader:
         world_size=world.size,
         start_step=0,
         stop_step=2**40,
-        transform=Augmenter(recipe.augment, recipe.data.crop_px),
+        transform=transform_of(recipe.augment, recipe.data.crop_px),
     )
 
 
@@ -200,7 +200,7 @@ def active_s(pid: int) -> float:
 def augment_share(recipe: TrainRecipe) -> float:
     """Share of a sample's CPU time that augmentation takes, on a few samples in this process."""
     reader = Reader(open_shards(recipe.data.shards, recipe.data.train_split))
-    transform = Augmenter(recipe.augment, recipe.data.crop_px)
+    transform = transform_of(recipe.augment, recipe.data.crop_px)
     spent = {"read": 0.0, "augment": 0.0}
     for index in itertools.islice(itertools.cycle(range(len(reader))), SAMPLES_LOOKED_AT):
         began = time.process_time()

@@ -17,12 +17,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from geopose_dist.data.deferred import Deferred
 from geopose_dist.data.sample import View
 from geopose_dist.errors import UserError
 
 UNKNOWN_CM = 65535
 OUTSIDE_CM = 65534
 TALLEST_CM = 65533
+STEP_PX = 32
+"""Sides of padded parts are multiples of this."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Batch:
         positions: place of each sample in the stream (in the split, for evaluation).
         visits: how often the stream had gone through the samples before.
         substitutions: what was replaced in this batch because of damage.
+        deferred: by sample, the augmentation that the device still has to do; None where nothing is left.
+            Labels are already those after it; pixels are parts of tiles, padded to one size.
     """
 
     rgb: torch.Tensor
@@ -62,13 +67,14 @@ class Batch:
     positions: list[int]
     visits: list[int]
     substitutions: list[Substitution] = dataclasses.field(default_factory=list)
+    deferred: list[Deferred] | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def __reduce__(self) -> tuple[Any, ...]:
         small = (self.gsd_m, self.scale_px_per_m, self.direction, self.city)
-        rest = (self.keys, self.positions, self.visits, self.substitutions)
+        rest = (self.keys, self.positions, self.visits, self.substitutions, self.deferred)
         return _rebuild, (self.rgb, self.agl_cm, [tensor.numpy() for tensor in small], rest)
 
     def pin_memory(self) -> Batch:
@@ -96,20 +102,32 @@ def pack(
     visits: Sequence[int],
     substitutions: Sequence[Substitution] = (),
 ) -> Batch:
-    """A batch of views of one size; `cities` are the manifest's (UserError: sizes differ)."""
-    rows, columns = views[0].rgb.shape[:2]
-    for view in views:
-        if view.rgb.shape[:2] != (rows, columns):
+    """A batch of views of one size; `cities` are the manifest's (UserError: sizes differ).
+
+    Where augmentation is left to the device, its results must be of one size; the parts shipped are padded.
+    """
+    deferred = [view.deferred for view in views if view.deferred is not None]
+    assert len(deferred) in (0, len(views)), "one recipe says who augments"
+    sizes = [one.size for one in deferred] or [view.rgb.shape[:2] for view in views]
+    for view, size in zip(views, sizes, strict=True):
+        if size != sizes[0]:
             raise UserError(
-                f"{view.key} has {view.rgb.shape[0]}x{view.rgb.shape[1]} px, but {views[0].key} of the same "
-                f"batch has {rows}x{columns}; set data.crop_px to a side that all have, or data.micro_batch 1"
+                f"{view.key} has {size[0]}x{size[1]} px, but {views[0].key} of the same "
+                f"batch has {sizes[0][0]}x{sizes[0][1]}; set data.crop_px to a side that all have, or "
+                "data.micro_batch 1"
             )
+    rows, columns = _common_size(views) if deferred else sizes[0]
     rgb = _shared((len(views), rows, columns, 3), torch.uint8)
     agl_cm = _shared((len(views), 1, rows, columns), torch.uint16)
     rgb_rows, agl_rows = rgb.numpy(), agl_cm.numpy()
     for i, view in enumerate(views):
-        rgb_rows[i] = view.rgb
-        write_cm(view, agl_rows[i, 0])
+        high, wide = view.rgb.shape[:2]
+        rgb_rows[i, :high, :wide] = view.rgb
+        write_cm(view, agl_rows[i, 0, :high, :wide])
+        if (high, wide) != (rows, columns):
+            for padded, fill in ((rgb_rows[i], 0), (agl_rows[i, 0], OUTSIDE_CM)):
+                padded[high:] = fill
+                padded[:high, wide:] = fill
     return Batch(
         rgb=rgb.permute(0, 3, 1, 2),
         agl_cm=agl_cm,
@@ -121,7 +139,17 @@ def pack(
         positions=list(positions),
         visits=list(visits),
         substitutions=list(substitutions),
+        deferred=deferred or None,
     )
+
+
+def _common_size(views: Sequence[View]) -> tuple[int, int]:
+    """The least size that holds all views; in coarse steps where they differ, so that a device's memory is reused."""
+    sides = []
+    for axis in (0, 1):
+        lengths = {view.rgb.shape[axis] for view in views}
+        sides.append(max(lengths) if len(lengths) == 1 else -(-max(lengths) // STEP_PX) * STEP_PX)
+    return sides[0], sides[1]
 
 
 def write_cm(view: View, out: npt.NDArray[np.uint16]) -> None:

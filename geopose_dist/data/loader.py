@@ -216,7 +216,8 @@ def train_loader(
     reader = Reader(shard_set)
     workers = workers_for(recipe)
     if workers:
-        check_shared_memory(reader, recipe, workers)
+        # A transform that leaves pixels to the device ships more of a tile than the crop.
+        check_shared_memory(reader, recipe, workers, getattr(transform, "ships_px", None))
     samples = Samples(reader, recipe, seed, transform)
     steps = max(stop_step - start_step, 0)
     return TrainLoader(requests, samples, recipe, workers, requests.per_step(), steps)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from geopose_dist.data.deferred import Deferred
 from geopose_dist.errors import UserError
 from geopose_dist.geometry import F32, Pose
 
@@ -96,6 +97,7 @@ class View:
         angle_rad: None without pose label.
         inside: bool [H, W], False where augmentation left padding instead of image; None = all inside.
         place: see `TileFacts`.
+        deferred: augmentation left to the device: pixels are those before it, labels those after.
     """
 
     key: str
@@ -107,6 +109,7 @@ class View:
     angle_rad: float | None
     inside: npt.NDArray[np.bool_] | None = None
     place: str | None = None
+    deferred: Deferred | None = None
 
     @property
     def pose(self) -> Pose | None:

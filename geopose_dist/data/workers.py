@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import platform
 import signal
+from collections.abc import Callable
 from multiprocessing.context import BaseContext
 
 import torch
@@ -35,9 +36,18 @@ def workers_for(recipe: DataRecipe) -> int:
     return max(0, min(pool.usable_cores() // local_ranks - 1, MAX_WORKERS))
 
 
-def check_shared_memory(reader: Reader, recipe: DataRecipe, workers: int) -> None:
-    """Refuse to start where batches in flight would not fit: the kernel would kill a worker much later."""
-    rows, columns = (recipe.crop_px, recipe.crop_px) if recipe.crop_px else reader.facts(0).size
+def check_shared_memory(
+    reader: Reader, recipe: DataRecipe, workers: int, ships_px: Callable[[int, int], tuple[int, int]] | None
+) -> None:
+    """Refuse to start where batches in flight would not fit: the kernel would kill a worker much later.
+
+    `ships_px` says how much of a tile is shipped where the device augments; None: the crop or the tile.
+    """
+    rows, columns = reader.facts(0).size
+    if ships_px is not None:
+        rows, columns = ships_px(rows, columns)
+    elif recipe.crop_px:
+        rows, columns = recipe.crop_px, recipe.crop_px
     batch_bytes = recipe.micro_batch * rows * columns * 5
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     need = batch_bytes * (recipe.prefetch * workers + 1) * local_ranks
