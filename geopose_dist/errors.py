@@ -37,3 +37,7 @@ class FinishedWithFailures(Exception):
 
 class Preempted(Exception):
     """Stopped on request after saving; exit code 75."""
+
+
+class LostPeer(Preempted):
+    """Another rank did not come, or is gone; what was saved is whole: exit code 75."""

@@ -20,11 +20,15 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from geopose_dist.errors import UserError
 
-TIMEOUT = datetime.timedelta(minutes=10)
-"""How long a collective may wait for a lost peer."""
+TIMEOUT_S = 600.0
+"""How long a collective may wait for a lost peer, if nothing else is asked for."""
+MEETING_TIMEOUT = datetime.timedelta(minutes=10)
+"""How long ranks may take to find each other: hosts start at different times."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 """Signals that ask for a save and exit code 75; the second is what batch systems send before a time limit."""
 
@@ -42,6 +46,7 @@ class World:
         local_size: ranks on this host.
         device: where this rank computes.
         control: gloo group for values on the CPU; None in a world of one.
+        store: small strings that outlive a broken group, for telling who is lost; None in a world of one.
     """
 
     rank: int
@@ -50,6 +55,7 @@ class World:
     local_size: int
     device: torch.device
     control: Any = None
+    store: Any = None
 
     @property
     def is_first(self) -> bool:
@@ -83,10 +89,25 @@ class World:
         if self.size > 1:
             dist.barrier(group=self.control)
 
+    def on_first(self, check: Callable[[], None]) -> None:
+        """Let rank 0 `check` what only it can see; what it finds wrong is every rank's UserError."""
+        wrong = ""
+        if self.is_first:
+            try:
+                check()
+            except UserError as error:
+                wrong = str(error)
+        found = self.gather_objects(wrong)[0]
+        if found:
+            raise UserError(found)
+
 
 @contextmanager
-def join_world(device: Device) -> Iterator[World]:
-    """Join the ranks that torchrun started, or be a world of one; leaves the process group at the end."""
+def join_world(device: Device, timeout_s: float = TIMEOUT_S) -> Iterator[World]:
+    """Join the ranks that torchrun started, or be a world of one; leaves the process group at the end.
+
+    `timeout_s` is how long a collective waits for a rank that does not come.
+    """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -101,12 +122,22 @@ def join_world(device: Device) -> Iterator[World]:
         yield World(rank, size, local_rank, local_size, chosen)
         return
     backend = "nccl" if chosen.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT, device_id=chosen if backend == "nccl" else None)
+    timeout = datetime.timedelta(seconds=timeout_s)
+    store, _, _ = next(rendezvous("env://", rank, size, timeout=MEETING_TIMEOUT))
+    dist.init_process_group(
+        backend,
+        store=PrefixStore("group", store),
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
+        device_id=chosen if backend == "nccl" else None,
+    )
     try:
-        control = dist.new_group(backend="gloo", timeout=TIMEOUT) if backend == "nccl" else dist.group.WORLD
-        yield World(rank, size, local_rank, local_size, chosen, control)
+        control = dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else dist.group.WORLD
+        yield World(rank, size, local_rank, local_size, chosen, control, PrefixStore("geopose", store))
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def choose_device(device: Device, local_rank: int = 0) -> torch.device:

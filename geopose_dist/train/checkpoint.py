@@ -25,7 +25,8 @@ from geopose_dist.model.pretrained import UNREADABLE, read_state
 from geopose_dist.train.recipe import TrainRecipe
 
 FREE_TO_DIFFER = (
-    "out", "device", "log_every", "init_from", "allow_change", "data.shards", "data.workers", "data.prefetch",
+    "out", "device", "log_every", "init_from", "allow_change", "timeout_s", "check",
+    "checkpoint_activations", "data.shards", "data.workers", "data.prefetch",
     "data.on_damage", "data.damage_limit", "validation", "checkpoint",
 )  # fmt: skip
 """Fields that change nothing that is computed; shards are compared by fingerprint instead of by folder."""
@@ -116,7 +117,9 @@ def load(folder: Path) -> Snapshot:
 def check_same_run(folder: Path, recipe: TrainRecipe, fingerprint: str) -> None:
     """Refuse to go on with another recipe or other shards, printing both sides (UserError)."""
     state = json.loads((folder / weights.STATE_NAME).read_bytes())
-    former, now = _flat(state["recipe"]), _flat(config.to_dict(recipe))
+    now = _flat(config.to_dict(recipe))
+    # A field that is younger than the run had the value that it has by default now.
+    former = _flat(_filled(state["recipe"], config.to_dict(TrainRecipe())))
     allowed = (*FREE_TO_DIFFER, *recipe.allow_change)
     changes = [
         f"{name}: the run has {former.get(name)!r}, the recipe says {now.get(name)!r}"
@@ -138,6 +141,12 @@ def check_same_run(folder: Path, recipe: TrainRecipe, fingerprint: str) -> None:
                 ]
             )
         )
+
+
+def _filled(tree: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """`tree` with what it lacks of `defaults`, at every level."""
+    both = {name: tree[name] for name in tree if isinstance(tree[name], dict) and defaults.get(name)}
+    return defaults | tree | {name: _filled(value, defaults[name]) for name, value in both.items()}
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

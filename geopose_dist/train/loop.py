@@ -14,6 +14,7 @@ from geopose_dist.runtime import StopRequest, World, join_world
 from geopose_dist.train import checkpoint, validate
 from geopose_dist.train.metrics import Meter, write_metrics
 from geopose_dist.train.optim import lr_factor, set_lr
+from geopose_dist.train.prefetch import DevicePrefetch
 from geopose_dist.train.recipe import TrainRecipe
 from geopose_dist.train.session import Session, open_session
 
@@ -35,7 +36,7 @@ def train(session: Session, stop: StopRequest) -> None:
     """The loop itself."""
     recipe, world = session.recipe, session.world
     meter = Meter(recipe.data.global_batch)
-    steps = iter(session.loader)
+    steps = DevicePrefetch(session.loader, world.device)
     with session.progress_bar() as bar:
         while True:
             elapsed_s, asked = agree(world, session.elapsed_s(), stop)
@@ -50,11 +51,13 @@ def train(session: Session, stop: StopRequest) -> None:
                     f"{recipe.out}; run the same command to go on"
                 )
             set_lr(session.stepper.optimizer, lr_factor(recipe.optim, step, fraction))
-            batches = meter.waiting(steps)
+            batches = meter.waiting(steps.take)
             result = session.stepper.step(batches, step, world.rank)
             if session.ema is not None:
                 session.ema.update(session.net, step)
             session.advance(elapsed_s)
+            meter.stepped()
+            meter.waiting(steps.ahead)
             if session.progress.step % recipe.log_every == 0 or session.is_last():
                 write_metrics(session, result, meter, bar, [key for batch in batches for key in batch.keys])
             if session.validation_due():

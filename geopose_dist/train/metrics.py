@@ -7,9 +7,9 @@ waiting for the device.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,6 +18,8 @@ from geopose_dist.metrics_log import Progress as ProgressBar
 from geopose_dist.model import loss
 from geopose_dist.train.session import Session
 from geopose_dist.train.step import StepResult
+
+Got = TypeVar("Got")
 
 
 @dataclass
@@ -33,13 +35,16 @@ class Meter:
     def __post_init__(self) -> None:
         self._began, self._waited_s, self._steps = time.monotonic(), 0.0, 0
 
-    def waiting(self, steps: Iterator[Any]) -> Any:
-        """The next step's batches, with the time it took counted as waiting for data."""
+    def waiting(self, call: Callable[[], Got]) -> Got:
+        """What `call` gives, with the time it took counted as waiting for data."""
         began = time.monotonic()
-        batches = next(steps)
+        got = call()
         self._waited_s += time.monotonic() - began
+        return got
+
+    def stepped(self) -> None:
+        """Count a step as taken."""
         self._steps += 1
-        return batches
 
     def take(self) -> dict[str, float]:
         """Tiles per second over all ranks and the share of time spent waiting; starts anew."""
@@ -57,7 +62,7 @@ def write_metrics(
 ) -> None:
     """One line of metrics.jsonl about the step just taken; a loss that is not finite ends the run by name."""
     shares = session.world.sum(torch.cat([result.loss[None], result.terms]))
-    value, *terms = (float(share) for share in shares)
+    value, *terms, grad_norm = torch.cat([shares, result.grad_norm[None]]).tolist()  # waits for the device
     step, optimizer = session.progress.step, session.stepper.optimizer
     if value != value or abs(value) == float("inf"):
         raise FinishedWithFailures(
@@ -72,12 +77,13 @@ def write_metrics(
         **{f"loss_{name}": term for name, term in zip(loss.TERMS, terms, strict=True) if weight[name] > 0},
         **meter.take(),
         "lr": optimizer.param_groups[-1]["lr"],
-        "grad_norm": float(result.grad_norm),
+        "grad_norm": grad_norm,
     }
     if session.world.device.type == "cuda":
         line["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     if session.world.is_first:
         session.log.write("metrics", line)
-        bar.advance(
-            0, f"loss {value:.4g}, {line['tiles_per_s']:.3g} tiles/s, waiting {line['data_wait_share']:.0%}"
-        )
+        note = f"loss {value:.4g}, {line['tiles_per_s']:.3g} tiles/s, waiting {line['data_wait_share']:.0%}"
+        if "gpu_memory_gib" in line:
+            note += f", {line['gpu_memory_gib']:.1f} GiB"
+        bar.advance(0, note)

@@ -91,10 +91,29 @@ class CheckpointRecipe:
     """Steps between checkpoints; one is also written at each validation, at the end, and when stopped."""
     keep: int = 2
     """Newest checkpoints kept beside the best one."""
+    asynchronous: bool = True
+    """Write in the background while training goes on; the last save of a run is always waited for."""
 
     def __post_init__(self) -> None:
         if self.every_steps < 1 or self.keep < 1:
             raise ValueError("checkpoint.every_steps and checkpoint.keep must be at least 1")
+
+
+@dataclass(frozen=True)
+class DdpRecipe:
+    """How gradients travel between ranks."""
+
+    bucket_mb: int = 25
+    """MiB of gradients that are exchanged together; larger buckets suit more ranks."""
+    static_graph: bool = False
+    """Tell DDP that every step uses the network alike, so that it may plan ahead; it always does here."""
+    compression: Literal["none", "bf16"] = "none"
+    """bf16 rounds gradients to bfloat16 (8 bits of precision) for the exchange: half the bytes, and no longer
+    the numbers of one rank."""
+
+    def __post_init__(self) -> None:
+        if self.bucket_mb < 1:
+            raise ValueError(f"ddp.bucket_mb is {self.bucket_mb}; wanted at least 1")
 
 
 @dataclass(frozen=True)
@@ -129,6 +148,13 @@ class TrainRecipe:
     """Memory layout that convolutions prefer."""
     compile: Literal["off", "default", "max-autotune"] = "off"
     """torch.compile mode of the network."""
+    checkpoint_activations: bool = False
+    """Compute blocks again in the backward pass instead of keeping what they computed: the same numbers in more
+    time and less memory, for crops that would not fit."""
+    sync_batchnorm: bool = False
+    """Normalise by the tiles of all ranks at once; GPUs only, and every rank needs equally many micro-batches."""
+    ddp: DdpRecipe = field(default_factory=DdpRecipe)
+    """How gradients travel between ranks."""
     ema_decay: float = 0.0
     """Decay of the averaged weights that are validated and saved beside the raw ones; 0 = none."""
     log_every: int = 10
@@ -137,6 +163,10 @@ class TrainRecipe:
     """Checkpoint or run whose weights this run starts from; unlike going on, nothing else is taken over."""
     allow_change: list[str] = field(default_factory=list)
     """Fields, such as `optim.lr`, that may differ from those of the run that goes on."""
+    timeout_s: float = 600.0
+    """How long a rank waits for the others before the run ends, naming who did not come (exit code 75)."""
+    check: bool = False
+    """Look at recipe, shards, weights, checkpoints and disk, say what is wrong, and train nothing."""
 
     def __post_init__(self) -> None:
         Length.parse(self.length)
@@ -144,3 +174,10 @@ class TrainRecipe:
             raise ValueError(f"ema_decay is {self.ema_decay}; wanted 0 <= ema_decay < 1")
         if self.log_every < 1:
             raise ValueError(f"log_every is {self.log_every}; wanted at least 1")
+        if not 1 <= self.timeout_s <= 86400:
+            raise ValueError(f"timeout_s is {self.timeout_s}; wanted 1 to 86400 seconds")
+        if self.checkpoint_activations and self.compile != "off":
+            raise ValueError(
+                f"checkpoint_activations with compile {self.compile}: torch.compile chooses by itself what to compute "
+                "again; set one of them off"
+            )

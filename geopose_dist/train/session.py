@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from geopose_dist import config, files
-from geopose_dist.augment import Augmenter
+from geopose_dist.augment import transform_of
 from geopose_dist.data.loader import train_loader
 from geopose_dist.data.manifest import ShardSet
 from geopose_dist.data.reader import open_shards
@@ -26,7 +26,7 @@ from geopose_dist.metrics_log import Progress as ProgressBar
 from geopose_dist.model import weights
 from geopose_dist.model.unet import GeoposeNet
 from geopose_dist.runtime import World
-from geopose_dist.train import checkpoint, opening
+from geopose_dist.train import checkpoint, opening, parallel, recompute
 from geopose_dist.train.checkpoint import Progress, Snapshot
 from geopose_dist.train.optim import AveragedWeights, make_optimizer
 from geopose_dist.train.recipe import Length, TrainRecipe
@@ -159,6 +159,7 @@ def open_session(recipe: TrainRecipe, world: World) -> Session:
     """Open data, network and checkpoint of a run; every mistake in the recipe shows here (UserError)."""
     if not recipe.data.shards:
         raise UserError("data.shards is not set; name the folder that `geopose pack` made: --data.shards DIR")
+    parallel.check_parallel(recipe, world)
     shards = open_shards(recipe.data.shards, recipe.data.train_split)
     validation = opening.validation_split(recipe, world)
     recipe = opening.with_data_facts(recipe, shards)
@@ -173,6 +174,10 @@ def open_session(recipe: TrainRecipe, world: World) -> Session:
     torch.manual_seed(recipe.seed)
     net = GeoposeNet(recipe.model)
     source = opening.start_weights(net, recipe, stored)
+    if recipe.sync_batchnorm:
+        net = parallel.normalise_over_ranks(net)
+    if recipe.checkpoint_activations:
+        recompute.recompute_blocks(net)
     net.to(world.device)
     if recipe.channels_last:
         net.to(memory_format=torch.channels_last)
@@ -200,7 +205,7 @@ def open_session(recipe: TrainRecipe, world: World) -> Session:
         world_size=world.size,
         start_step=progress.step,
         stop_step=total_steps if total_steps is not None else ENDLESS_STEPS,
-        transform=Augmenter(recipe.augment, recipe.data.crop_px),
+        transform=transform_of(recipe.augment, recipe.data.crop_px),
     )
     session = Session(
         recipe=recipe,

@@ -9,7 +9,6 @@ without a micro-batch in this step still takes part, with a pass of weight zero.
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from geopose_dist.data.batch import OUTSIDE_CM, UNKNOWN_CM, Batch, to_device
-from geopose_dist.model import depthwise, loss
+from geopose_dist.data.batch import OUTSIDE_CM, UNKNOWN_CM, Batch
+from geopose_dist.model import depthwise, device_augment, loss
 from geopose_dist.model.heads import Prediction
 from geopose_dist.model.loss import Targets
 from geopose_dist.runtime import World
+from geopose_dist.train.parallel import wrap
 from geopose_dist.train.recipe import TrainRecipe
 
 DTYPES = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -71,19 +71,27 @@ class Stepper:
             depthwise.keep_float32(net)
         if recipe.compile != "off":
             net.compile(mode=None if recipe.compile == "default" else recipe.compile)
-        self.wrapped = wrap(net, world)
+        # max-autotune replays CUDA graphs, which write gradients where the former ones were; gradients that
+        # live on from one micro-batch to the next need memory of their own.
+        self._graphs = recipe.compile == "max-autotune"
+        if self._graphs:
+            for parameter in net.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+        self.wrapped = wrap(net, world, recipe.ddp)
         running = ("running_mean", "running_var")
         self._buffers = [buffer for name, buffer in net.named_buffers() if name.endswith(running)]
         self._settle_buckets()
 
     def step(self, batches: Sequence[Batch], number: int, first_micro_batch: int) -> StepResult:
-        """Take optimiser step `number` with this rank's `batches`.
+        """Take optimiser step `number` with this rank's `batches`, which are on its device.
+
+        Nothing here waits for the device: what is computed stays there (see `StepResult`).
 
         `first_micro_batch` is the number of the first of them within the step; the next ones follow at
         distances of the world size. Numbers only key the dropout.
         """
         world = self.world
-        batches = [to_device(batch, world.device) for batch in batches]
+        batches = [device_augment.finish(batch) for batch in batches]
         targets = [targets_of(batch, self._city_std_m) for batch in batches]
         sums = [loss.denominators(self.recipe.loss, target) for target in targets]
         total = world.sum(torch.stack([*sums, self._zero_sums()]).sum(dim=0))
@@ -103,15 +111,20 @@ class Stepper:
         grad_norm = nn.utils.clip_grad_norm_(self.net.parameters(), clip if clip > 0 else float("inf"))
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._clear_gradients()
         self._average_buffers()
         return StepResult(losses, terms, grad_norm)
 
     def _forward(self, rgb: Tensor, gsd_m: Tensor, inside: Tensor | None) -> Prediction:
         dtype = DTYPES[self.recipe.precision]
+        if self._graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         with torch.autocast(self.world.device.type, dtype=dtype, enabled=dtype is not None):
             prediction: Prediction = self.wrapped(rgb, gsd_m, inside)
         return prediction
+
+    def _clear_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=not self._graphs)
 
     def _sync_only(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Let DDP exchange gradients in the last backward pass of a step alone."""
@@ -127,7 +140,9 @@ class Stepper:
         rgb = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=self.world.device)
         self.net.eval()
         try:
-            prediction = self._forward(rgb, torch.full((1,), float("nan"), device=self.world.device), None)
+            with uncompiled():  # a pass of another size, in eval mode, is not worth minutes of compiling
+                gsd_m = torch.full((1,), float("nan"), device=self.world.device)
+                prediction = self._forward(rgb, gsd_m, None)
             sums = torch.stack([part.sum() for part in prediction if part is not None])
             torch.autograd.backward(self.scaler.scale(sums.sum() * 0.0))
         finally:
@@ -142,7 +157,7 @@ class Stepper:
         if self.world.size > 1:
             for _ in range(2):
                 self._zero_weight_pass()
-                self.optimizer.zero_grad(set_to_none=True)
+                self._clear_gradients()
 
     def _average_buffers(self) -> None:
         """Make BatchNorm's running buffers their mean over ranks, every step.
@@ -165,16 +180,10 @@ class Stepper:
         return torch.zeros(len(loss.TERMS), dtype=torch.float64, device=self.world.device)
 
 
-def wrap(net: nn.Module, world: World) -> nn.Module:
-    """`net` under DDP if there are several ranks; every parameter is used in every pass."""
-    if world.size == 1:
-        return net
-    # Our own averaging replaces DDP's copying of rank 0's buffers; the argument was renamed in torch 2.13.
-    parameters = inspect.signature(nn.parallel.DistributedDataParallel).parameters
-    name = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
-    options: dict[str, Any] = {name: False, "gradient_as_bucket_view": True}
-    ids = [world.device.index] if world.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(net, device_ids=ids, **options)
+def uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Run compiled networks as they were written, for inputs of a size or mode that is seldom seen."""
+    stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def targets_of(batch: Batch, city_std_m: Tensor | None = None) -> Targets:
