@@ -31,6 +31,8 @@ def claimed_size(data: bytes) -> tuple[int, int] | None:
             return _jp2(data)
         elif data[:2] == _SOI:
             return _jpeg(data)
+        elif data[:4] == b"gpz1":
+            rows, columns = struct.unpack_from("<II", data, 8)  # shards/README.md
         elif data[:6] == b"Lerc2 ":
             (version,) = struct.unpack_from("<i", data, 6)
             # 6 bytes of name, 4 of version, and from version 3 on 4 of checksum stand before the size.
