@@ -9,14 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from geopose_dist import geometry
 from geopose_dist.data import codecs, resample
 from geopose_dist.data.sample import TileFacts
 from geopose_dist.errors import UserError
-from shards import layouts
+from shards import layouts, wavelet
 from shards.layouts import Tile
 from shards.tallies import Tally, of_tile
+
+U8 = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Job:
     rgb_codec: str
     agl_codec: str
     crop: bool
+    reduce_by: str = "area"
 
 
 @dataclass(frozen=True)
@@ -56,26 +60,38 @@ def encode(job: Job) -> Sample | Damaged:
         return Damaged(job.tile.key, str(error))
 
 
+def _reduced_rgb(job: Job) -> tuple[U8, tuple[int, int]]:
+    """The stored pixels of a tile's image, and the (H, W) that the image has."""
+    tile, factor = job.tile, job.reduce
+    if job.reduce_by == "wavelet":
+        rgb, (rows, columns) = wavelet.read_rgb(tile.rgb, factor)
+    else:
+        rgb = layouts.load_rgb(tile)
+        rows, columns = rgb.shape[:2]
+    if not job.crop:
+        try:
+            resample.check_divisible(rows, columns, factor)
+        except ValueError as error:
+            raise UserError(f"{tile.rgb}: {error}; pack with --odd-sizes crop, or with --reduce 1") from error
+    if min(rows, columns) < factor:
+        raise UserError(f"{tile.rgb}: {(rows, columns)} pixels are too few to reduce by {factor}; remove it")
+    if job.reduce_by == "wavelet":
+        return np.ascontiguousarray(rgb[: rows // factor, : columns // factor]), (rows, columns)
+    whole = np.ascontiguousarray(rgb[: rows // factor * factor, : columns // factor * factor])
+    return resample.reduce_rgb(whole, factor), (rows, columns)
+
+
 def _encode(job: Job) -> Sample:
     tile, factor = job.tile, job.reduce
-    rgb, agl_m, pose = layouts.load_rgb(tile), layouts.load_agl_m(tile), layouts.load_pose(tile)
-    rows, columns = rgb.shape[:2]
+    rgb, (rows, columns) = _reduced_rgb(job)
+    agl_m, pose = layouts.load_agl_m(tile), layouts.load_pose(tile)
     if agl_m is not None and agl_m.shape != (rows, columns):
         raise UserError(
             f"{tile.agl}: {agl_m.shape[0]} x {agl_m.shape[1]} pixels, but its image {tile.rgb.name} has "
             f"{rows} x {columns}; mend or remove one of them"
         )
-    if job.crop:
-        rows, columns = rows // factor * factor, columns // factor * factor
-        rgb = np.ascontiguousarray(rgb[:rows, :columns])
-        agl_m = None if agl_m is None else np.ascontiguousarray(agl_m[:rows, :columns])
-    try:
-        resample.check_divisible(rows, columns, factor)
-    except ValueError as error:
-        raise UserError(f"{tile.rgb}: {error}; pack with --odd-sizes crop, or with --reduce 1") from error
-    if min(rows, columns) < factor:
-        raise UserError(f"{tile.rgb}: {rgb.shape[:2]} pixels are too few to reduce by {factor}; remove it")
-    rgb = resample.reduce_rgb(rgb, factor)
+    if agl_m is not None and job.crop:
+        agl_m = np.ascontiguousarray(agl_m[: rows // factor * factor, : columns // factor * factor])
     rgb_member = f"rgb.{codecs.by_name(codecs.RGB_CODECS, job.rgb_codec).extension}"
     members = {rgb_member: codecs.encode_rgb(job.rgb_codec, rgb)}
     agl_cm = None

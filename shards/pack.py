@@ -10,95 +10,18 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 from geopose_dist.errors import FinishedWithFailures, FoundProblems, UserError
+from shards.pack_recipe import CodecRecipe, PackRecipe
 
 if TYPE_CHECKING:
     from shards.layouts import Tile
     from shards.pack_plan import PlannedShard
     from shards.pack_state import State
 
-
-@dataclass(frozen=True)
-class CodecRecipe:
-    """How pixels are stored."""
-
-    rgb: Literal["qoi", "png", "htj2k", "webp", "jpg"] = "qoi"
-    """qoi decodes fastest, htj2k and webp are smaller; all lossless but jpg (quality 95, 4:4:4, a third)."""
-    agl: Literal["lerc", "tif", "png", "htj2k"] = "lerc"
-    """Heights in uint16 centimetres, always lossless: lerc decodes fastest, tif opens everywhere."""
-
-
-@dataclass(frozen=True)
-class PackRecipe:
-    """What `geopose pack` packs, and how."""
-
-    source: str = ""
-    """Dataset: the challenge's folder, the US3D release, or a folder of CITY_ID_RGB.* files."""
-    out: str = ""
-    """Folder for the shards; run the same command again to go on after a stop."""
-    split: str = ""
-    """File of `geopose split`; without one every labelled tile is `train`."""
-    reduce: int = 2
-    """Whole factor by which tiles are reduced: RGB by area, heights registered to the same pixel centres."""
-    codec: CodecRecipe = field(default_factory=CodecRecipe)
-    """How pixels are stored."""
-    shard_samples: int = 0
-    """Most samples per shard; 0: as many as `shard_mb` allows."""
-    shard_mb: int = 256
-    """Most megabytes per shard, counted before compression (a tile of 1024 x 1024 counts 5.2)."""
-    seed: int = 0
-    """Key of the one shuffle."""
-    workers: int = 0
-    """Processes; 0: one per core."""
-    odd_sizes: Literal["refuse", "crop"] = "refuse"
-    """Tiles whose sides are no multiples of `reduce`: an error naming them, or their last pixels go."""
-    skip_damaged: int = 0
-    """Up to this many damaged tiles are left out and named (exit code 1); one more stops the packing."""
-    part: str = "1/1"
-    """i/n: pack every n-th shard, for n machines that share `out`; the last to finish writes the manifest."""
-    index_only: bool = False
-    """Write manifest and index for the WebDataset shards that stand in `out` already."""
-    dry_run: bool = False
-    """Look at the dataset and print the plan as JSON; write nothing."""
-
-    def __post_init__(self) -> None:
-        if not self.out and not self.dry_run:
-            raise ValueError("--out is missing; wanted the folder for the shards")
-        if not self.source and not self.index_only:
-            raise ValueError("--source is missing; wanted a dataset to pack")
-        if self.reduce < 1:
-            raise ValueError(f"--reduce is {self.reduce}; wanted a whole number of at least 1")
-        if self.shard_samples < 0 or self.shard_mb < 1 or self.skip_damaged < 0 or self.workers < 0:
-            raise ValueError(
-                "--shard-samples, --skip-damaged and --workers are at least 0, --shard-mb at least 1"
-            )
-        if self.seed < 0:
-            raise ValueError(f"--seed is {self.seed}; wanted at least 0")
-        self.part_of()
-
-    def part_of(self) -> tuple[int, int]:
-        """`part` as (i, n) with 1 <= i <= n."""
-        number, slash, count = self.part.partition("/")
-        if not (slash and number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
-            raise ValueError(f"--part is {self.part!r}; wanted i/n with 1 <= i <= n, such as 2/8")
-        return int(number), int(count)
-
-    def about(self) -> dict[str, Any]:
-        """What decides the bytes of the shards; goes into the manifest. No paths: shards travel."""
-        return {
-            "source": Path(self.source).resolve().name,
-            "split": Path(self.split).name if self.split else None,
-            "reduce": self.reduce,
-            "codec": asdict(self.codec),
-            "shard_samples": self.shard_samples,
-            "shard_mb": self.shard_mb,
-            "seed": self.seed,
-            "odd_sizes": self.odd_sizes,
-        }
+__all__ = ["CodecRecipe", "PackRecipe", "run"]
 
 
 def run(recipe: PackRecipe) -> None:
@@ -201,7 +124,14 @@ def _write_missing(recipe: PackRecipe, state: State, shards: list[PlannedShard])
     number, count = recipe.part_of()
     todo = [s for s in shards[number - 1 :: count] if state.record(s, check_bytes=True) is None]
     jobs = [
-        Job(tile, recipe.reduce, recipe.codec.rgb, recipe.codec.agl, recipe.odd_sizes == "crop")
+        Job(
+            tile,
+            recipe.reduce,
+            recipe.codec.rgb,
+            recipe.codec.agl,
+            recipe.odd_sizes == "crop",
+            recipe.reduce_by,
+        )
         for shard in todo
         for tile in shard.tiles
     ]

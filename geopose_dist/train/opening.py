@@ -88,6 +88,7 @@ def facts_of(shards: ShardSet) -> dict[str, Any]:
     """What prediction must share with training, for the checkpoint."""
     return {
         "reduction": int(shards.manifest.recipe.get("reduce", 1)),
+        "reduce_by": str(shards.manifest.recipe.get("reduce_by", "area")),
         "cities": shards.manifest.cities,
         "fingerprint": shards.fingerprint(),
     }
