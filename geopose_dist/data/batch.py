@@ -20,6 +20,7 @@ import torch
 from geopose_dist.data.deferred import Deferred
 from geopose_dist.data.sample import View
 from geopose_dist.errors import UserError
+from geopose_dist.kernels import planes
 
 UNKNOWN_CM = 65535
 OUTSIDE_CM = 65534
@@ -154,16 +155,13 @@ def _common_size(views: Sequence[View]) -> tuple[int, int]:
 
 def write_cm(view: View, out: npt.NDArray[np.uint16]) -> None:
     """Write the heights of `view` to `out` [H, W] as centimetres with the markers of `Batch.agl_cm`."""
-    if view.agl_m is None:
-        out.fill(UNKNOWN_CM)
-    else:
-        centimetres = view.agl_m * np.float32(100)
-        np.rint(centimetres, out=centimetres)
-        np.clip(centimetres, 0, TALLEST_CM, out=centimetres)
-        np.fmin(centimetres, UNKNOWN_CM, out=centimetres)  # of NaN and a number, fmin gives the number
-        out[...] = centimetres
-    if view.inside is not None:
-        out[~view.inside] = OUTSIDE_CM
+    inside = None if view.inside is None else np.ascontiguousarray(view.inside)
+    if view.agl_m is not None:
+        planes.centimetres(np.ascontiguousarray(view.agl_m), out, inside, OUTSIDE_CM)
+        return
+    out.fill(UNKNOWN_CM)
+    if inside is not None:
+        planes.mark_outside(inside, OUTSIDE_CM, out)
 
 
 def _shared(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -8,10 +8,11 @@ shard is ever unpickled, followed or written. Every error names shard, offset, k
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import imagecodecs
 
 from geopose_dist.data import codecs
 from geopose_dist.data.manifest import ShardSet
@@ -20,11 +21,12 @@ from geopose_dist.data.sample import U8, TileFacts, View
 from geopose_dist.data.source import HINT, ByteSource, LocalSource, check_place, open_shards
 from geopose_dist.errors import UserError
 from geopose_dist.geometry import F32
+from geopose_dist.kernels import planes
 
 __all__ = ["Reader", "open_shards"]
 
-UNKNOWN_CM = 65535
-"""AGL value of shards that means "height not known"."""
+crc32: Callable[[bytes], int] = imagecodecs.deflate_crc32 if imagecodecs.DEFLATE.available else zlib.crc32
+"""libdeflate's takes 0.04 ms for 2 MB, zlib's 0.47 ms."""
 
 
 class Reader:
@@ -60,7 +62,7 @@ class Reader:
         """The bytes of a sample, tar headers included, after the check of their crc32 (UserError)."""
         name, offset, length, crc = self._span(index)
         data = self.source.read(name, offset, length)
-        found = zlib.crc32(data)
+        found = crc32(data)
         if found != crc:
             raise UserError(
                 f"{self.where(index)}{key_if_readable(data)}: crc32 is {found:08x}, the index says "
@@ -132,8 +134,4 @@ def _agl_m(members: dict[str, memoryview], where: str, size: tuple[int, int]) ->
         return None
     name = extension.removeprefix("agl.")
     agl_cm = codecs.decode_agl(name, bytes(members[extension]), f"{where}.{extension}", size)
-    metres: F32 = np.divide(agl_cm, np.float32(100), dtype=np.float32)
-    unknown = agl_cm == UNKNOWN_CM
-    if unknown.any():  # writing through a mask costs more than looking whether it is needed
-        metres[unknown] = np.nan
-    return metres
+    return planes.metres(agl_cm)
