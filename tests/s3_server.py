@@ -1,0 +1,54 @@
+"""A real S3 server (moto's) in a process of its own; `python tests/s3_server.py` prints its address."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "GEOPOSETESTKEY", "AWS_SECRET_ACCESS_KEY": "no-secret-at-all"}
+
+
+@contextlib.contextmanager
+def serve(*buckets: str) -> Iterator[str]:
+    """An S3 server with these empty buckets; yields its address for `store.endpoint`."""
+    command = [sys.executable, str(Path(__file__).resolve())]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            address = process.stdout.readline().strip()
+            for bucket in buckets:
+                request = urllib.request.Request(f"{address}/{bucket}", method="PUT")
+                urllib.request.urlopen(request, timeout=30).close()
+            yield address
+        finally:
+            process.stdin.close()  # it ends with whoever started it, however that one ended
+            process.wait(timeout=20)
+
+
+def upload(folder: Path, url: str, endpoint: str) -> None:
+    """Copy the files of a folder to a URL of the server."""
+    from geopose_dist.data.store_recipe import StoreRecipe
+    from geopose_dist.data.stores import open_store
+
+    store = open_store(url, StoreRecipe(endpoint=endpoint))
+    for path in sorted(folder.iterdir()):
+        if path.is_file():
+            store.put_file(path.name, path)
+
+
+if __name__ == "__main__":
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    print("http://{}:{}".format(*server.get_host_and_port()), flush=True)
+    sys.stdin.read()
+    threading.Thread(target=server.stop, daemon=True).start()
