@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 
 import cv2
 import imagecodecs
 import numpy as np
 import pytest
+import tifffile
+import torch
 from packs import run_pack
 from PIL import Image
 from tiles import make_dataset, make_tile, write_rgb
 
+from geopose_dist import cli
 from geopose_dist.data import manifest
 from geopose_dist.data.reader import Reader
+from geopose_dist.data.source import open_shards
 from geopose_dist.errors import FoundProblems, UserError
+from geopose_dist.infer.predictor import Predictor
+from geopose_dist.infer.recipe import NetRecipe
+from geopose_dist.model.recipe import ModelRecipe
+from geopose_dist.model.unet import GeoposeNet
+from geopose_dist.model.weights import save_weights
+from geopose_dist.train.opening import facts_of
 from shards import layouts, wavelet
 from shards.pack_recipe import PackRecipe
 
@@ -152,3 +163,52 @@ def test_a_wavelet_halves(reduce):
         ValueError, match=f"--reduce-by wavelet cannot reduce by {reduce}; wanted --reduce 2, 4"
     ):
         PackRecipe(source="a", out="b", reduce=reduce, reduce_by="wavelet")
+
+
+def test_prediction_reduces_as_training_did(tmp_path, capsys):
+    """A checkpoint of wavelet shards reads files by their wavelets: the answers are those of the shards."""
+    make_dataset(tmp_path / "data", 4, size=128)
+    run_pack(tmp_path / "data", tmp_path / "shards", reduce_by="wavelet")
+    run_pack(tmp_path / "data", tmp_path / "area")
+    facts = facts_of(open_shards(str(tmp_path / "shards"), "train"))
+    assert (facts["reduction"], facts["reduce_by"]) == (2, "wavelet")
+    assert facts_of(open_shards(str(tmp_path / "area"), "train"))["reduce_by"] == "area"
+    torch.manual_seed(0)
+    recipe = ModelRecipe(encoder="tu-mobilenetv3_small_050", decoder_channels=[16, 16, 8, 8, 8])
+    save_weights(tmp_path / "net.safetensors", GeoposeNet(recipe).state_dict(), recipe, facts)
+
+    def predicted(source: Path, out: str) -> tuple[dict[str, bytes], str]:
+        words = ["--source", str(source), "--checkpoint", str(tmp_path / "net.safetensors")]
+        words += ["--out", str(tmp_path / out), "--dispatch", "inline", "--batch", "2", "--threads", "1"]
+        assert cli.main(["predict", *words, "--device", "cpu", "--split", "train"]) == 0
+        files = {p.name: p.read_bytes() for p in sorted((tmp_path / out).glob("*_*.*"))}
+        return files, capsys.readouterr().out
+
+    from_files, said = predicted(tmp_path / "data", "a")
+    assert len(from_files) == 8
+    assert "another filter" not in said
+    assert predicted(tmp_path / "shards", "b")[0] == from_files
+    from_area, said = predicted(tmp_path / "area", "c")
+    assert "4 tiles were reduced by another filter than in training" in said
+    assert from_area != from_files
+    assert tifffile.imread(tmp_path / "a" / sorted(from_files)[0]).shape == (128, 128)
+
+
+def test_odd_sizes_are_predicted_whole_and_filters_are_not_mixed(tmp_path, capsys):
+    torch.manual_seed(0)
+    recipe = ModelRecipe(encoder="tu-mobilenetv3_small_050", decoder_channels=[16, 16, 8, 8, 8])
+    net = GeoposeNet(recipe)
+    facts = {"reduction": 2, "reduce_by": "wavelet"}
+    with pytest.raises(UserError, match=r"different filters \(network 0: wavelet, network 1: area\)"):
+        Predictor.of_nets([net, net], [facts, {"reduction": 2}], NetRecipe(), batch=1)
+    save_weights(tmp_path / "net.safetensors", net.state_dict(), recipe, facts)
+    (tmp_path / "odd").mkdir()
+    data = imagecodecs.jpeg2k_encode(smooth(97, 131), reversible=True)
+    (tmp_path / "odd" / "JAX_odd_RGB.j2k").write_bytes(data)
+    tifffile.imwrite(tmp_path / "odd" / "JAX_plain_RGB.tif", smooth(97, 131))
+    words = ["--source", str(tmp_path / "odd"), "--checkpoint", str(tmp_path / "net.safetensors")]
+    words += ["--out", str(tmp_path / "out"), "--dispatch", "inline", "--device", "cpu", "--threads", "1"]
+    assert cli.main(["predict", *words]) == 0
+    assert "; 1 tiles were reduced by another filter" in capsys.readouterr().out
+    for key in ("JAX_odd", "JAX_plain"):
+        assert tifffile.imread(tmp_path / "out" / f"{key}_AGL.tif").shape == (97, 131)

@@ -50,6 +50,7 @@ class Outcome:
     written: int = 0
     clipped: int = 0
     limited: int = 0
+    other_filter: int = 0
     failures: list[tuple[str, str]] = field(default_factory=list)
 
     def add(self, item: WorkItem, answer: Report | SetAside) -> None:
@@ -60,6 +61,7 @@ class Outcome:
         self.written += len(answer.written)
         self.clipped += answer.clipped
         self.limited += answer.limited
+        self.other_filter += answer.other_filter
         self.failures += answer.failures
 
 
@@ -263,6 +265,8 @@ def _tell(recipe: PredictRecipe, outcome: Outcome) -> None:
     if outcome.limited:
         limits = f"{recipe.net.scale_min_px_per_m:g} .. {recipe.net.scale_max_px_per_m:g} px/m"
         notes.append(f"{outcome.limited} scales limited to {limits}")
+    if outcome.other_filter:
+        notes.append(f"{outcome.other_filter} tiles were reduced by another filter than in training")
     told = "".join(f"; {note}" for note in notes)
     print(f"{recipe.out}: {outcome.total - len(outcome.failures)} of {outcome.total} tiles predicted{told}")
     if outcome.failures:

@@ -96,6 +96,13 @@ class Predictor:
                 f"these checkpoints were trained at different reductions ({told}); predict them apart"
             )
         self.reduction = reductions[0]
+        filters = [str(fact.get("reduce_by", "area")) for fact in facts]
+        if len(set(filters)) != 1 and self.reduction > 1:
+            told = ", ".join(f"{name}: {by}" for name, by in zip(names, filters, strict=True))
+            raise UserError(
+                f"these checkpoints were trained on tiles reduced by different filters ({told}); predict them apart"
+            )
+        self.reduce_by = filters[0] if self.reduction > 1 else "area"
         self.nets = [net.eval().to(self.device) for net in nets]
         self.size_multiple = math.lcm(*(int(net.size_multiple) for net in self.nets))  # type: ignore[arg-type]
         self.gsd_known = [bool(fact.get("gsd_known", False)) for fact in facts]
@@ -109,6 +116,7 @@ class Predictor:
         *,
         slots: Sequence[int] | None = None,
         reduced_by: int = 1,
+        size: tuple[int, int] | None = None,
     ) -> list[TilePose | None]:
         """Poses of up to `batch` tiles of one size; None where the network answered NaN or infinity.
 
@@ -117,6 +125,7 @@ class Predictor:
             gsds_m: ground metres per pixel of each, None if unknown.
             slots: position of each in the batch; arithmetic libraries may round by position.
             reduced_by: how far the tiles were reduced already (shards); answers are at full resolution.
+            size: rows and columns of the answers, where they are no multiples of `reduced_by`.
 
         Raises:
             UserError: the tiles were reduced further than the network wants, or by no divisor of it.
@@ -139,7 +148,7 @@ class Predictor:
         gsds = np.full(self.batch, np.nan, np.float32)
         gsds[places] = [math.nan if gsd is None else gsd * factor for gsd in gsds_m]
         agl_m, vectors, log_scales = self._average(pixels, gsds)
-        size = rows * reduced_by, columns * reduced_by
+        size = size or (rows * reduced_by, columns * reduced_by)
         return [self._finish(agl_m[i], vectors[i], float(np.exp(log_scales[i])), size) for i in places]
 
     def _finish(self, agl_m: F32, vector: F64, scale: float, size: tuple[int, int]) -> TilePose | None:

@@ -19,7 +19,7 @@ from geopose_dist.data.sample import U8
 from geopose_dist.errors import UserError
 from geopose_dist.infer import writer
 from geopose_dist.infer.recipe import NetRecipe
-from shards import layouts
+from shards import layouts, wavelet
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,33 @@ class Report:
         failures: (key, sentence) of tiles that were not.
         clipped: pixels whose height had to be clipped.
         limited: tiles whose scale had to be limited.
+        other_filter: tiles reduced by another filter than those that the network was trained on.
     """
 
     written: list[str] = field(default_factory=list)
     failures: list[tuple[str, str]] = field(default_factory=list)
     clipped: int = 0
     limited: int = 0
+    other_filter: int = 0
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """A tile that was read.
+
+    Attributes:
+        rgb: uint8 [H, W, 3].
+        gsd_m: ground metres of a pixel of it, if known.
+        reduced_by: how far it was reduced already.
+        size: rows and columns at full resolution.
+        other_filter: whether training's tiles were reduced by another filter.
+    """
+
+    rgb: U8
+    gsd_m: float | None
+    reduced_by: int
+    size: tuple[int, int]
+    other_filter: bool
 
 
 @dataclass(frozen=True)
@@ -127,7 +148,7 @@ class Worker:
     def __call__(self, item: WorkItem) -> Report:
         """Predict the tiles of an item; a tile that cannot be read or predicted is told, not raised."""
         report = Report()
-        pixels: dict[int, tuple[U8, float | None]] = {}
+        pixels: dict[int, Pixels] = {}
         reading = [
             (slot, tile, self._hands.submit(self._read, tile))
             for slot, tile in enumerate(item.tiles)
@@ -139,24 +160,38 @@ class Worker:
             except UserError as error:
                 report.failures.append((tile.key, str(error)))
         # Only like sizes go through the network together; each size keeps its tiles' slots.
-        for size in sorted({rgb.shape for rgb, _ in pixels.values()}):
-            chosen = {slot: both for slot, both in pixels.items() if both[0].shape == size}
+        for size in sorted({(one.size, one.reduced_by) for one in pixels.values()}):
+            chosen = {slot: one for slot, one in pixels.items() if (one.size, one.reduced_by) == size}
             self._predict(item, chosen, report)
         return report
 
-    def _read(self, tile: TileSource) -> tuple[U8, float | None]:
-        if tile.tile is not None:
-            return layouts.load_rgb(tile.tile), tile.tile.gsd_m
-        assert self.reader is not None
-        view = self.reader.view(tile.index)
-        return view.rgb, view.gsd_m
+    def _read(self, tile: TileSource) -> Pixels:
+        factor, filter_ = self.predictor.reduction, self.predictor.reduce_by
+        if tile.tile is None:
+            assert self.reader is not None
+            view, by = self.reader.view(tile.index), self.spec.reduced_by
+            packed_by = self.reader.shard_set.manifest.recipe.get("reduce_by", "area") if by > 1 else "area"
+            size = view.rgb.shape[0] * by, view.rgb.shape[1] * by
+            return Pixels(view.rgb, view.gsd_m, by, size, packed_by != filter_)
+        gsd_m = tile.tile.gsd_m
+        if filter_ == "wavelet" and wavelet.can_reduce(tile.tile.rgb, factor):
+            rgb, size = wavelet.read_rgb(tile.tile.rgb, factor)
+            return Pixels(rgb, None if gsd_m is None else gsd_m * factor, factor, size, False)
+        rgb = layouts.load_rgb(tile.tile)
+        return Pixels(rgb, gsd_m, 1, (rgb.shape[0], rgb.shape[1]), filter_ != "area")
 
-    def _predict(self, item: WorkItem, pixels: dict[int, tuple[U8, float | None]], report: Report) -> None:
+    def _predict(self, item: WorkItem, pixels: dict[int, Pixels], report: Report) -> None:
         slots = sorted(pixels)
-        rgbs, gsds = [pixels[slot][0] for slot in slots], [pixels[slot][1] for slot in slots]
+        first = pixels[slots[0]]
         poses = self._network.submit(
-            self.predictor.predict, rgbs, gsds, slots=slots, reduced_by=self.spec.reduced_by
+            self.predictor.predict,
+            [pixels[slot].rgb for slot in slots],
+            [pixels[slot].gsd_m for slot in slots],
+            slots=slots,
+            reduced_by=first.reduced_by,
+            size=first.size,
         ).result()
+        report.other_filter += sum(pixels[slot].other_filter for slot in slots)
         writing = []
         for slot, pose in zip(slots, poses, strict=True):
             tile = item.tiles[slot]
