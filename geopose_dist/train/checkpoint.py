@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from geopose_dist import config, files
 from geopose_dist.errors import UserError
@@ -42,6 +42,8 @@ class Progress:
         fingerprint: of the training shards.
         r2: best final validation score among raw and averaged weights at this step, if taken.
         use: which weights that score belongs to.
+        best: best score of any validation so far.
+        stale: validations since then, none of which was better.
     """
 
     step: int = 0
@@ -49,6 +51,8 @@ class Progress:
     fingerprint: str = ""
     r2: float | None = None
     use: str = "raw"
+    best: float | None = None
+    stale: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,12 +67,20 @@ class Snapshot:
     scaler: dict[str, Any]
     ema: dict[str, Tensor] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    city_sums: Tensor | None = None
 
 
 def save(run: Path, recipe: TrainRecipe, progress: Progress, snapshot: Snapshot) -> Path:
-    """Write the checkpoint of a step; returns its folder. A step that is there is replaced whole."""
+    """Write the checkpoint of a step; returns its folder.
+
+    A step that is there was written by this run, which computes the same again: only its score is new.
+    """
     root = run / "checkpoints"
     final = root / f"step-{progress.step:08d}"
+    state = json.dumps(dict(progress.__dict__, recipe=config.to_dict(recipe)), indent=1).encode()
+    if (final / weights.STATE_NAME).is_file():
+        files.write_bytes(final / weights.STATE_NAME, state)
+        return final
     temporary = root / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -77,27 +89,27 @@ def save(run: Path, recipe: TrainRecipe, progress: Progress, snapshot: Snapshot)
         if snapshot.ema is not None:
             weights.save_weights(temporary / weights.EMA_NAME, snapshot.ema, recipe.model, snapshot.facts)
         with files.atomic_write(temporary / "training.pt") as file:
-            torch.save({"optimizer": snapshot.optimizer, "scaler": snapshot.scaler}, file)
-        state = dict(progress.__dict__, recipe=config.to_dict(recipe))
-        files.write_bytes(temporary / weights.STATE_NAME, json.dumps(state, indent=1).encode())
-        if final.exists():
-            aside = root / f".{final.name}.old"
-            shutil.rmtree(aside, ignore_errors=True)
-            final.rename(aside)
-            temporary.rename(final)
-            shutil.rmtree(aside)
-        else:
-            temporary.rename(final)
+            torch.save(training_state(snapshot), file)
+        files.write_bytes(temporary / weights.STATE_NAME, state)
+        shutil.rmtree(final, ignore_errors=True)  # without a state it is no checkpoint
+        temporary.rename(final)
         files.fsync_folder(root)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return final
 
 
+def training_state(snapshot: Snapshot) -> dict[str, Any]:
+    """What `training.pt` holds."""
+    return {
+        "optimizer": snapshot.optimizer, "scaler": snapshot.scaler, "city_sums": snapshot.city_sums
+    }  # fmt: skip
+
+
 def read_progress(folder: Path) -> Progress:
     """`state.json` of a step folder, without its recipe."""
     state = json.loads((folder / weights.STATE_NAME).read_bytes())
-    return Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
+    return Progress(**{name: state[name] for name in Progress.__dataclass_fields__ if name in state})
 
 
 def load(folder: Path) -> Snapshot:
@@ -111,7 +123,8 @@ def load(folder: Path) -> Snapshot:
             f"{folder}/training.pt: cannot be read ({type(error).__name__}); remove {folder} to go on from the "
             "checkpoint before it"
         ) from error
-    return Snapshot(model, training["optimizer"], training["scaler"], ema)
+    sums = training.get("city_sums")
+    return Snapshot(model, training["optimizer"], training["scaler"], ema, city_sums=sums)
 
 
 def check_same_run(folder: Path, recipe: TrainRecipe, fingerprint: str) -> None:
@@ -156,6 +169,36 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     for name, value in tree.items():
         leaves.update(_flat(value, f"{prefix}.{name}" if prefix else name))
     return leaves
+
+
+def tidy(run: Path) -> None:
+    """Remove what a killed run left half-written or half-removed."""
+    for leftover in (run / "checkpoints").glob(".step-*"):
+        shutil.rmtree(leftover)
+
+
+def size_bytes(net: nn.Module, averaged: bool) -> int:
+    """Bytes of a checkpoint: the state, the averaged state, and Adam's two moments of every parameter."""
+    state: int = sum(value.nbytes for value in net.state_dict().values())
+    moments: int = 2 * sum(value.nbytes for value in net.parameters())
+    return (2 if averaged else 1) * state + moments
+
+
+def check_room(run: Path, each_bytes: int, keep: int) -> None:
+    """Refuse a run whose checkpoints do not fit on its disk (UserError).
+
+    There are at most `keep` newest ones, the best one, and the one being written.
+    """
+    there = sum(file.stat().st_size for file in (run / "checkpoints").glob("step-*/*"))
+    wanted = each_bytes * (keep + 2) - there
+    place = next(folder for folder in (run, *run.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < wanted:
+        raise UserError(
+            f"{run}: the disk has {free / 2**30:.2f} GiB free and checkpoints need {wanted / 2**30:.2f} GiB "
+            f"({keep + 2} of {each_bytes / 2**30:.2f} GiB: checkpoint.keep {keep}, the best, the one being written); "
+            "free some space, lower checkpoint.keep, or name another --out"
+        )
 
 
 def prune(run: Path, keep: int) -> None:

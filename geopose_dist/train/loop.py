@@ -7,67 +7,96 @@ agreed over ranks once a step; all ranks leave at the same step.
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 from geopose_dist.errors import Preempted
 from geopose_dist.runtime import StopRequest, World, join_world
-from geopose_dist.train import checkpoint, validate
+from geopose_dist.train import opening, validate
 from geopose_dist.train.metrics import Meter, write_metrics
 from geopose_dist.train.optim import lr_factor, set_lr
 from geopose_dist.train.prefetch import DevicePrefetch
 from geopose_dist.train.recipe import TrainRecipe
 from geopose_dist.train.session import Session, open_session
+from geopose_dist.train.watch import Watch
 
 
 def run(recipe: TrainRecipe) -> None:
     """Train, or go on training, as `recipe` says; on every rank that torchrun started."""
-    with StopRequest() as stop, join_world(recipe.device) as world:
-        session = open_session(recipe, world)
-        if session.finished:
-            session.say(f"{recipe.out} is done: {session.progress.step} steps; nothing to do")
+    with (
+        StopRequest() as stop,
+        join_world(recipe.device, recipe.timeout_s) as world,
+        Watch(world, recipe.timeout_s, recipe.out) as watch,
+    ):
+        if recipe.check:
+            opened = opening.look(recipe, world)
+            next(
+                iter(opening.loader_of(opened, world)), None
+            )  # tiles that cannot be read or cropped show here
+            if world.is_first:
+                print(f"{opened.summary(world)}; nothing is wrong", file=sys.stderr)
             return
+        session = open_session(recipe, world)
+        watch.on_lost = lambda: session.set_status("lost", for_all=True)
         try:
-            train(session, stop)
+            if session.finished:
+                session.say(f"{recipe.out} is done: {session.progress.step} steps; nothing to do")
+            else:
+                train(session, stop, watch)
         finally:
+            session.writer.close()
             session.log.close()
 
 
-def train(session: Session, stop: StopRequest) -> None:
+def train(session: Session, stop: StopRequest, watch: Watch | None = None) -> None:
     """The loop itself."""
     recipe, world = session.recipe, session.world
+    watch = watch or Watch(world, recipe.timeout_s, recipe.out)
     meter = Meter(recipe.data.global_batch)
     steps = DevicePrefetch(session.loader, world.device)
     with session.progress_bar() as bar:
         while True:
+            step = session.progress.step
+            watch.at(f"step {step + 1}: agreeing to go on")
+            session.writer.check()
             elapsed_s, asked = agree(world, session.elapsed_s(), stop)
-            step, fraction = session.progress.step, session.fraction(elapsed_s)
-            if fraction >= 1:
+            fraction = session.fraction(elapsed_s)
+            if fraction >= 1 or session.worn_out():
                 break
             if asked:
-                save(session, elapsed_s)
+                save(session, elapsed_s, wait=True)
                 session.set_status("preempted")
                 raise Preempted(
                     f"stopped by {stop.signal_name or 'a signal to another rank'} after step {step}, which is saved in "
                     f"{recipe.out}; run the same command to go on"
                 )
             set_lr(session.stepper.optimizer, lr_factor(recipe.optim, step, fraction))
+            watch.at(f"step {step + 1}: waiting for data")
             batches = meter.waiting(steps.take)
+            watch.at(f"step {step + 1}: forward, backward and the exchange of gradients")
             result = session.stepper.step(batches, step, world.rank)
+            session.verdicts.note(step, session.stepper.guard.verdict, batches)
+            session.verdicts.read(session.net)
             if session.ema is not None:
                 session.ema.update(session.net, step)
             session.advance(elapsed_s)
             meter.stepped()
             meter.waiting(steps.ahead)
             if session.progress.step % recipe.log_every == 0 or session.is_last():
-                write_metrics(session, result, meter, bar, [key for batch in batches for key in batch.keys])
+                write_metrics(session, result, meter, bar)
             if session.validation_due():
+                watch.at(f"step {step + 1}: validation")
                 take_score(session)
             if session.save_due():
-                save(session, session.elapsed_s())
+                watch.at(f"step {step + 1}: checkpoint")
+                save(session, session.elapsed_s(), wait=False)
             bar.advance()
+    watch.at("the last validation")
     if session.progress.r2 is None:
         take_score(session)
-    save(session, session.elapsed_s())
+    watch.at("the last checkpoint")
+    save(session, session.elapsed_s(), wait=True)
     session.set_status("done")
     session.say(session.summary())
 
@@ -112,11 +141,10 @@ def take_score(session: Session) -> None:
     session.say(f"step {session.progress.step}: validation score {results[best]:.4f} ({best} weights)")
 
 
-def save(session: Session, elapsed_s: float) -> None:
-    """Write a checkpoint on rank 0 while the others wait, then remove what is too old."""
+def save(session: Session, elapsed_s: float, *, wait: bool) -> None:
+    """Begin a checkpoint on rank 0; with `wait`, or if it is not written in the background, all wait for its end."""
+    session.verdicts.read(session.net, all_of_it=True)  # no step may count as taken that was not
     if session.world.is_first:
-        checkpoint.save(
-            session.recipe_path(), session.recipe, session.progress_at(elapsed_s), session.snapshot()
-        )
-        checkpoint.prune(session.recipe_path(), session.recipe.checkpoint.keep)
-    session.world.barrier()
+        session.writer.save(session.progress_at(elapsed_s), session.snapshot(), wait=wait)
+    if wait or not session.recipe.checkpoint.asynchronous:
+        session.world.barrier()

@@ -5,21 +5,115 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from geopose_dist.augment import transform_of
 from geopose_dist.data import manifest
+from geopose_dist.data.loader import TrainLoader, train_loader
 from geopose_dist.data.manifest import ShardSet
-from geopose_dist.data.reader import open_shards
+from geopose_dist.data.reader import Reader, open_shards
+from geopose_dist.errors import UserError
 from geopose_dist.model import pretrained, weights
+from geopose_dist.model.city_spread import LEAST_STD_M
 from geopose_dist.model.recipe import LossRecipe, ModelRecipe
 from geopose_dist.model.unet import GeoposeNet
 from geopose_dist.runtime import World
-from geopose_dist.train.checkpoint import Snapshot
-from geopose_dist.train.recipe import TrainRecipe
+from geopose_dist.train import checkpoint, parallel, recompute
+from geopose_dist.train.checkpoint import Progress, Snapshot
+from geopose_dist.train.recipe import Length, TrainRecipe
+
+ENDLESS_STEPS = 2**40
+"""Steps that the loader is ready for where the clock ends the run."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run that was found in order, with nothing written yet.
+
+    Attributes:
+        recipe: with the numbers that it leaves to the data filled in.
+        source: where the weights start, as a sentence for the log.
+        total_steps: steps of the whole run; None if the clock decides.
+    """
+
+    recipe: TrainRecipe
+    shards: ShardSet
+    validation: ShardSet | None
+    net: GeoposeNet
+    source: str
+    progress: Progress
+    stored: Snapshot | None
+    total_steps: int | None
+
+    def summary(self, world: World) -> str:
+        """The first sentence of a run."""
+        recipe = self.recipe
+        where = self.source if self.stored is None else f"goes on after step {self.progress.step}"
+        length = f"{self.total_steps} steps" if self.total_steps is not None else recipe.length
+        return (
+            f"{recipe.out}: {len(self.shards)} tiles, {length} of {recipe.data.global_batch}, {world.size} rank(s) on "
+            f"{world.device.type}, {recipe.precision}; {where}"
+        )
+
+
+def look(recipe: TrainRecipe, world: World) -> Opened:
+    """Open data, network and checkpoint of a run; every mistake in the recipe shows here (UserError)."""
+    if not recipe.data.shards:
+        raise UserError("data.shards is not set; name the folder that `geopose pack` made: --data.shards DIR")
+    parallel.check_parallel(recipe, world)
+    shards = open_shards(recipe.data.shards, recipe.data.train_split)
+    validation = validation_split(recipe, world)
+    recipe = with_data_facts(recipe, shards)
+    run = Path(recipe.out)
+    folders = weights.step_folders(run)
+    fingerprint = shards.fingerprint()
+    progress, stored = Progress(fingerprint=fingerprint), None
+    if folders:
+        checkpoint.check_same_run(folders[-1], recipe, fingerprint)
+        progress, stored = checkpoint.read_progress(folders[-1]), checkpoint.load(folders[-1])
+    torch.manual_seed(recipe.seed)
+    net = GeoposeNet(recipe.model)
+    source = start_weights(net, recipe, stored)
+    each_bytes = checkpoint.size_bytes(net, recipe.ema_decay > 0)
+    world.on_first(lambda: checkpoint.check_room(run, each_bytes, recipe.checkpoint.keep))
+    total_steps = Length.parse(recipe.length).steps(len(shards), recipe.data.global_batch)
+    return Opened(recipe, shards, validation, net, source, progress, stored, total_steps)
+
+
+def prepared(opened: Opened, world: World) -> GeoposeNet:
+    """The network as it is trained: on its device, in its layout, with the recipe's arithmetic."""
+    recipe, net = opened.recipe, opened.net
+    if recipe.sync_batchnorm:
+        net = parallel.normalise_over_ranks(net)
+    if recipe.checkpoint_activations:
+        recompute.recompute_blocks(net)
+    net.to(world.device)
+    if recipe.channels_last:
+        net.to(memory_format=torch.channels_last)
+    set_arithmetic(recipe.precision)
+    return net.train()
+
+
+def loader_of(opened: Opened, world: World) -> TrainLoader:
+    """This rank's micro-batches, step by step, from where the run is."""
+    recipe = opened.recipe
+    return train_loader(
+        opened.shards,
+        recipe.data,
+        seed=recipe.seed,
+        rank=world.rank,
+        world_size=world.size,
+        start_step=opened.progress.step,
+        stop_step=opened.total_steps if opened.total_steps is not None else ENDLESS_STEPS,
+        transform=transform_of(recipe.augment, recipe.data.crop_px),
+    )
+
+GSD_SAMPLES = 16
+"""Tiles that are asked whether the training split knows GSDs at all."""
 
 
 def validation_split(recipe: TrainRecipe, world: World) -> ShardSet | None:
@@ -50,9 +144,10 @@ def start_weights(net: GeoposeNet, recipe: TrainRecipe, stored: Snapshot | None)
 
 def with_data_facts(recipe: TrainRecipe, shards: ShardSet) -> TrainRecipe:
     """The recipe with what it leaves open filled in from the statistics of the training split."""
-    return replace(
-        recipe, model=with_data_means(recipe.model, shards), loss=with_city_spread(recipe.loss, shards)
-    )
+    model = with_data_means(recipe.model, shards)
+    if model.city_input and not model.cities:
+        model = replace(model, cities=list(shards.manifest.cities))
+    return replace(recipe, model=model, loss=with_city_spread(recipe.loss, shards))
 
 
 def with_data_means(model: ModelRecipe, shards: ShardSet) -> ModelRecipe:
@@ -71,22 +166,31 @@ def with_data_means(model: ModelRecipe, shards: ShardSet) -> ModelRecipe:
 
 
 def with_city_spread(loss: LossRecipe, shards: ShardSet) -> LossRecipe:
-    """Fill the loss's standard deviations by city from the statistics of the training split, if unset.
+    """Fill the loss's deviations and means by city from the statistics of the training split, if unset.
 
     A city without known heights gets the median of the others.
     """
-    if loss.city_std_m:
-        return loss
     cities = shards.manifest.statistics.get(shards.split, {})
-    known = {city: facts["agl_std_m"] for city, facts in cities.items() if facts.get("agl_std_m")}
-    middle = statistics.median(known.values()) if known else 1.0
-    spread = {city: round(max(known.get(city, middle), 0.1), 6) for city in shards.manifest.cities}
-    return replace(loss, city_std_m=spread)
+
+    def by_city(statistic: str, least: float, otherwise: float) -> dict[str, float]:
+        known = {city: facts[statistic] for city, facts in cities.items() if facts.get(statistic)}
+        middle = statistics.median(known.values()) if known else otherwise
+        return {city: round(max(known.get(city, middle), least), 6) for city in shards.manifest.cities}
+
+    mean_m, scale = by_city("agl_mean_m", 0.0, 0.0), by_city("scale_mean_px_per_m", 0.0, 0.5)
+    return replace(
+        loss,
+        city_std_m=loss.city_std_m or by_city("agl_std_m", LEAST_STD_M, 1.0),
+        city_mean_m=loss.city_mean_m or mean_m,
+        city_mean_px=loss.city_mean_px or {city: round(mean_m[city] * scale[city], 6) for city in mean_m},
+    )
 
 
-def facts_of(shards: ShardSet) -> dict[str, Any]:
+def facts_of(shards: ShardSet, model: ModelRecipe) -> dict[str, Any]:
     """What prediction must share with training, for the checkpoint."""
+    few = range(0, len(shards), max(1, len(shards) // GSD_SAMPLES))
     return {
+        "gsd_known": model.gsd_input and any(Reader(shards).facts(i).gsd_m is not None for i in few),
         "reduction": int(shards.manifest.recipe.get("reduce", 1)),
         "reduce_by": str(shards.manifest.recipe.get("reduce_by", "area")),
         "cities": shards.manifest.cities,

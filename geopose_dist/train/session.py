@@ -13,29 +13,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from geopose_dist import config, files
-from geopose_dist.augment import transform_of
-from geopose_dist.data.loader import train_loader
 from geopose_dist.data.manifest import ShardSet
-from geopose_dist.data.reader import open_shards
-from geopose_dist.errors import UserError
 from geopose_dist.metrics_log import MetricsLog
 from geopose_dist.metrics_log import Progress as ProgressBar
-from geopose_dist.model import weights
 from geopose_dist.model.unet import GeoposeNet
 from geopose_dist.runtime import World
-from geopose_dist.train import checkpoint, opening, parallel, recompute
+from geopose_dist.train import checkpoint, opening
 from geopose_dist.train.checkpoint import Progress, Snapshot
+from geopose_dist.train.guard import Verdicts
 from geopose_dist.train.optim import AveragedWeights, make_optimizer
 from geopose_dist.train.recipe import Length, TrainRecipe
+from geopose_dist.train.saving import Writer
 from geopose_dist.train.step import Stepper
 
-ENDLESS_STEPS = 2**40
-"""Steps that the loader is ready for where the clock ends the run."""
 RUN_STATE = "state.json"
-"""In the run folder: {"status": "running" | "preempted" | "done", "step": N}; launchers read it."""
+"""In the run folder: {"status": "running" | "preempted" | "lost" | "done", "step": N}; launchers read it."""
 
 
 @dataclass
@@ -49,7 +42,9 @@ class Session:
         samples: tiles of the training split.
         total_steps: steps of the whole run; None if the clock decides.
         validation: the validation split, if there is one.
+        writer: writes checkpoints, on rank 0.
         facts: what prediction must share with training.
+        verdicts: reads whether steps were finite.
     """
 
     recipe: TrainRecipe
@@ -64,12 +59,13 @@ class Session:
     log: MetricsLog
     facts: dict[str, Any]
     progress: Progress
+    writer: Writer
+    verdicts: Verdicts
     finished: bool = False
     _began: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         self._elapsed_before_s = self.progress.elapsed_s
-        self._saved_step = self.progress.step
 
     def elapsed_s(self) -> float:
         """Time trained so far, over all starts."""
@@ -92,12 +88,23 @@ class Session:
         )
 
     def set_score(self, r2: float, use: str) -> None:
-        """Note the validation score of the weights at this step."""
-        self.progress = replace(self.progress, r2=None if math.isnan(r2) else r2, use=use)
+        """Note the validation score of the weights at this step, and whether it is the best so far."""
+        best = self.progress.best
+        better = not math.isnan(r2) and (best is None or r2 > best)
+        self.progress = replace(
+            self.progress,
+            r2=None if math.isnan(r2) else r2,
+            use=use,
+            best=r2 if better else best,
+            stale=0 if better else self.progress.stale + 1,
+        )
+
+    def worn_out(self) -> bool:
+        """Whether `validation.patience` validations in a row brought nothing better: the run ends early."""
+        return 0 < self.recipe.validation.patience <= self.progress.stale
 
     def progress_at(self, elapsed_s: float) -> Progress:
         """The position, for a checkpoint written now."""
-        self._saved_step = self.progress.step
         return replace(self.progress, elapsed_s=elapsed_s)
 
     def validation_due(self) -> bool:
@@ -131,11 +138,12 @@ class Session:
             self.stepper.scaler.state_dict(),
             None if self.ema is None else self.ema.state,
             self.facts,
+            self.stepper.spread.sums if self.stepper.spread.running else None,
         )
 
-    def set_status(self, status: str) -> None:
-        """Tell launchers how the run stands."""
-        if self.world.is_first:
+    def set_status(self, status: str, for_all: bool = False) -> None:
+        """Tell launchers how the run stands; rank 0 does, or this rank in its place."""
+        if self.world.is_first or for_all:
             state = {"status": status, "step": self.progress.step}
             files.write_bytes(self.recipe_path() / RUN_STATE, json.dumps(state).encode())
 
@@ -152,84 +160,51 @@ class Session:
     def summary(self) -> str:
         """The last sentence of a run."""
         score = "" if self.progress.r2 is None else f", validation score {self.progress.r2:.4f}"
-        return f"done: {self.progress.step} steps in {self.elapsed_s():.0f} s{score}; see {self.recipe.out}"
+        early = f", ended early: no better score in {self.progress.stale} validations" if self.worn_out() else ""
+        return f"done: {self.progress.step} steps in {self.elapsed_s():.0f} s{score}{early}; see {self.recipe.out}"
 
 
 def open_session(recipe: TrainRecipe, world: World) -> Session:
-    """Open data, network and checkpoint of a run; every mistake in the recipe shows here (UserError)."""
-    if not recipe.data.shards:
-        raise UserError("data.shards is not set; name the folder that `geopose pack` made: --data.shards DIR")
-    parallel.check_parallel(recipe, world)
-    shards = open_shards(recipe.data.shards, recipe.data.train_split)
-    validation = opening.validation_split(recipe, world)
-    recipe = opening.with_data_facts(recipe, shards)
-    run = Path(recipe.out)
-    folders = weights.step_folders(run)
-    fingerprint = shards.fingerprint()
-    progress, stored = Progress(fingerprint=fingerprint), None
-    if folders:
-        checkpoint.check_same_run(folders[-1], recipe, fingerprint)
-        progress, stored = checkpoint.read_progress(folders[-1]), checkpoint.load(folders[-1])
-
-    torch.manual_seed(recipe.seed)
-    net = GeoposeNet(recipe.model)
-    source = opening.start_weights(net, recipe, stored)
-    if recipe.sync_batchnorm:
-        net = parallel.normalise_over_ranks(net)
-    if recipe.checkpoint_activations:
-        recompute.recompute_blocks(net)
-    net.to(world.device)
-    if recipe.channels_last:
-        net.to(memory_format=torch.channels_last)
-    net.train()
-    opening.set_arithmetic(recipe.precision)
+    """Open a run, fresh or where it stopped; every mistake in the recipe shows here (UserError)."""
+    opened = opening.look(recipe, world)
+    recipe, progress, stored = opened.recipe, opened.progress, opened.stored
+    net = opening.prepared(opened, world)
     optimizer = make_optimizer(recipe.optim, net, world.device)
-    stepper = Stepper(recipe, net, optimizer, world, shards.manifest.cities)
+    stepper = Stepper(recipe, net, optimizer, world, opened.shards.manifest.cities)
     ema = AveragedWeights(net, recipe.ema_decay) if recipe.ema_decay > 0 else None
     if stored is not None:
         optimizer.load_state_dict(stored.optimizer)
         stepper.scaler.load_state_dict(stored.scaler)
+        if stored.city_sums is not None:
+            stepper.spread.sums.copy_(stored.city_sums)
         if ema is not None and stored.ema is not None:
             ema.state = {name: value.to(world.device) for name, value in stored.ema.items()}
-
-    total_steps = Length.parse(recipe.length).steps(len(shards), recipe.data.global_batch)
-    finished = stored is not None and (total_steps is not None and progress.step >= total_steps)
+    run = Path(recipe.out)
     if world.is_first:
         run.mkdir(parents=True, exist_ok=True)
         files.write_bytes(run / "recipe.yaml", config.dump(recipe).encode())
-    loader = train_loader(
-        shards,
-        recipe.data,
-        seed=recipe.seed,
-        rank=world.rank,
-        world_size=world.size,
-        start_step=progress.step,
-        stop_step=total_steps if total_steps is not None else ENDLESS_STEPS,
-        transform=transform_of(recipe.augment, recipe.data.crop_px),
-    )
+        checkpoint.tidy(run)
     session = Session(
         recipe=recipe,
         world=world,
         net=net,
         stepper=stepper,
         ema=ema,
-        loader=loader,
-        samples=len(shards),
-        total_steps=total_steps,
-        validation=validation,
+        loader=opening.loader_of(opened, world),
+        samples=len(opened.shards),
+        total_steps=opened.total_steps,
+        validation=opened.validation,
         log=MetricsLog(run, progress.step, tensorboard=True) if world.is_first else _NoLog(),
-        facts=opening.facts_of(shards),
+        facts=opening.facts_of(opened.shards, recipe.model),
         progress=progress,
-        finished=finished,
+        writer=Writer(run, recipe),
+        verdicts=Verdicts(recipe, world, opened.shards.manifest.cities),
+        finished=opened.total_steps is not None and progress.step >= opened.total_steps,
     )
-    if not finished:
+    session.finished |= session.worn_out()
+    if not session.finished:
         session.set_status("running")
-        where = f"goes on after step {progress.step}" if stored is not None else source
-        length = f"{total_steps} steps" if total_steps is not None else recipe.length
-        session.say(
-            f"{recipe.out}: {len(shards)} tiles, {length} of {recipe.data.global_batch}, {world.size} rank(s) on "
-            f"{world.device.type}, {recipe.precision}; {where}"
-        )
+        session.say(opened.summary(world))
     return session
 
 

@@ -1,0 +1,163 @@
+"""Who waits where, told when a rank does not come.
+
+Each rank notes where it is (`at`). When a collective fails, or nothing moves for `timeout_s`, every rank that
+still can writes its place into the store of the rendezvous, reads those of the others, and says one sentence:
+which ranks are where, and which gave no answer. A rank that ends with an error of its own writes that, so
+that the others do not take it for lost and try again for ever.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+import torch.distributed as dist
+
+from geopose_dist.errors import EXIT_AGAIN, FinishedWithFailures, LostPeer, Preempted
+from geopose_dist.runtime import World
+
+GRACE_S = 5.0
+"""How long the ranks that are left wait for each other's places, at most."""
+COLLECTIVE = re.compile(r"gloo|Connection (closed|reset) by peer|NCCL|Broken pipe")
+"""What the errors of failed collectives say; gloo raises plain RuntimeErrors."""
+
+
+class Watch:
+    """Context manager around the work of a rank; turns a failed collective into a sentence and `LostPeer`.
+
+    Attributes:
+        on_lost: called on the first of the ranks that are left, once a peer is known to be lost.
+    """
+
+    def __init__(self, world: World, timeout_s: float, out: str) -> None:
+        self.world, self.timeout_s, self.out = world, timeout_s, out
+        self.on_lost: Callable[[], None] = lambda: None
+        self._place, self._since, self._told = "the start", time.monotonic(), ""
+        self._end = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def at(self, place: str) -> None:
+        """Note where this rank is, for those who may come to wait for it."""
+        self._place, self._since = place, time.monotonic()
+
+    def __enter__(self) -> Watch:
+        if self.world.size > 1:
+            self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._thread is None:
+            return
+        self._end.set()
+        self._thread.join()
+        if error is None or isinstance(error, Preempted):
+            return
+        if isinstance(error, RuntimeError) and COLLECTIVE.search(str(error)):
+            raise self._lost() from error
+        self._say(f"ended/{self.world.rank}", f"{type(error).__name__}")
+        dist.destroy_process_group(self.world.control)  # wakes those who wait for this rank
+        if self.world.is_first:
+            self._keep_store()
+
+    def _look(self) -> None:
+        """The thread: publish where this rank is stuck; on a GPU, where nothing raises, end the process."""
+        while not self._end.wait(self.timeout_s / 8):
+            stuck_s = time.monotonic() - self._since
+            if stuck_s > self.timeout_s / 2 and self._told != self._place:
+                self._told = self._place
+                self._say(f"place/{self.world.rank}", self._place)
+            if stuck_s > self.timeout_s * 1.25 and self.world.device.type == "cuda":
+                print(f"geopose train: {self._lost()}", file=sys.stderr, flush=True)
+                os._exit(EXIT_AGAIN)  # the main thread waits for the device and cannot be woken
+
+    def _lost(self) -> LostPeer | FinishedWithFailures:
+        """What to end with: a sentence about where everybody is."""
+        waited_s = time.monotonic() - self._since
+        self._say(f"place/{self.world.rank}", self._place)
+        places, ended = self._ask()
+        present = [rank for rank in range(self.world.size) if rank in places]
+        if ended:
+            who = ", ".join(f"rank {rank} ({ended[rank]})" for rank in sorted(ended))
+            return FinishedWithFailures(
+                f"rank {self.world.rank} leaves: {who} ended with an error of its own"
+            )
+        if present[0] == self.world.rank:
+            self.on_lost()
+        told = "; ".join(
+            f"{_names([r for r in present if places[r] == place])} at {place}"
+            for place in dict.fromkeys(places[r] for r in present)
+        )
+        absent = [rank for rank in range(self.world.size) if rank not in places]
+        silent = f"{_names(absent)} gave no answer" if absent else "all answer, but do not meet"
+        return LostPeer(
+            f"rank {self.world.rank} waited {waited_s:.0f} s for the others (timeout_s {self.timeout_s:g}): {silent}; "
+            f"{told}; run the same command to go on from the last checkpoint in {self.out}"
+        )
+
+    def _ask(self) -> tuple[dict[int, str], dict[int, str]]:
+        """Places, and errors, by rank, of those that answer in time.
+
+        In a thread of its own: the store lives in rank 0, and asking a stopped one never returns.
+        """
+        places, ended = {self.world.rank: self._place}, dict[int, str]()
+
+        def ask() -> None:
+            until = time.monotonic() + self._grace_s()
+            for rank in set(range(self.world.size)) - {self.world.rank}:
+                name = f"place/{rank}"
+                if self._there(f"ended/{rank}", 0.0):
+                    ended[rank] = self.world.store.get(f"ended/{rank}").decode()
+                elif self._there(name, max(until - time.monotonic(), 0.0)):
+                    places[rank] = self.world.store.get(name).decode()
+            self._say(f"read/{self.world.rank}", "yes")
+            if self.world.is_first:
+                self._keep_store()
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(3 * self._grace_s())
+        return dict(places), dict(ended)
+
+    def _keep_store(self) -> None:
+        """Rank 0 holds the store: let the others read before it goes."""
+        until = time.monotonic() + self._grace_s()
+        for rank in range(1, self.world.size):
+            if not self._there(f"ended/{rank}", 0.0):
+                self._there(f"read/{rank}", max(until - time.monotonic(), 0.0))
+
+    def _grace_s(self) -> float:
+        return min(GRACE_S, self.timeout_s)
+
+    def _say(self, name: str, value: str) -> None:
+        try:
+            self.world.store.set(name, value)
+        except dist.DistError:
+            return  # the store went with rank 0, which is what there is to tell
+
+    def _there(self, name: str, wait_s: float) -> bool:
+        try:
+            self.world.store.wait([name], datetime.timedelta(seconds=max(wait_s, 0.01)))
+        except dist.DistError:
+            return False
+        return True
+
+
+def _names(ranks: list[int]) -> str:
+    """`rank 3` or `ranks 0-2, 5`."""
+    spans: list[list[int]] = []
+    for rank in ranks:
+        if spans and rank == spans[-1][-1] + 1:
+            spans[-1].append(rank)
+        else:
+            spans.append([rank])
+    text = ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans)
+    return f"rank{'s' if len(ranks) > 1 else ''} {text}"
