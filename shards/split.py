@@ -110,7 +110,7 @@ def _places(recipe: SplitRecipe, tiles: list[Tile]) -> dict[str, str]:
                 "wanted places.csv (id,place) in the dataset; add it, or give a JSON file of groups: --by FILE"
             )
         return {tile.key: str(tile.place) for tile in tiles}
-    groups = _read_groups(Path(recipe.by))
+    groups = read_groups(Path(recipe.by))
     missing = [tile.key for tile in tiles if tile.key not in groups]
     if missing:
         raise FoundProblems(
@@ -120,7 +120,8 @@ def _places(recipe: SplitRecipe, tiles: list[Tile]) -> dict[str, str]:
     return {tile.key: groups[tile.key] for tile in tiles}
 
 
-def _read_groups(path: Path) -> dict[str, str]:
+def read_groups(path: Path) -> dict[str, str]:
+    """Group of each tile from a file such as the challenge's clusters.json: {"45": [keys], ...} (UserError)."""
     form = 'wanted JSON such as {"45": ["OMA_YHDJAu", "OMA_GrpQCB"]}: groups of tiles of one place'
     try:
         groups = json.loads(path.read_bytes())

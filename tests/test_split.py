@@ -109,7 +109,7 @@ def test_by_groups(tmp_path):
 
 def test_the_winners_groups(shared):
     path = shared / "real" / "challenge_labels" / "clusters.json"
-    groups = split._read_groups(path)
+    groups = split.read_groups(path)
     tiles = [Tile(key, key[:3], Path("x")) for key in sorted(groups)]
     val = split.choose_val(tiles, groups, 0.2, 0)
     for city in ("ARG", "ATL", "JAX", "OMA"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -21,6 +22,7 @@ import numpy as np
 
 from geopose_dist import geometry, metrics_log
 from geopose_dist.errors import FoundProblems, UserError
+from geopose_dist.evaluate import bins, intervals
 from geopose_dist.evaluate import predictions as files
 from geopose_dist.evaluate.moments import Moments, TileMoments, tile_moments
 from geopose_dist.files import write_bytes
@@ -41,7 +43,14 @@ class EvaluateRecipe:
     json: Path | None = None
     """Also write the numbers to this file."""
     table: Path | None = None
-    """Also write the figures of every tile, its own R2 included, to this CSV file."""
+    """Also write the figures of every tile, its own R2 included, to this .csv or .parquet file."""
+    height_bins: bool = False
+    """Also tell the errors by true height: a second look at every pixel."""
+    intervals: int = intervals.ROUNDS
+    """Rounds of the bootstrap behind the confidence intervals; 0: none."""
+    groups: Path | None = None
+    """Tiles that are not independent, {"45": [keys], ...} as in the challenge's clusters.json; unset: places.csv or
+    clusters.json in or above the truth folder, else every tile alone."""
     rectify: Path | None = None
     """Also write predictions and truth moved to ground position, with their occlusion, into this folder."""
     workers: int = 0
@@ -50,6 +59,10 @@ class EvaluateRecipe:
     def __post_init__(self) -> None:
         if self.workers < 0:
             raise ValueError(f"workers is {self.workers}; wanted 0 (one per core) or more")
+        if self.intervals < 0:
+            raise ValueError(f"intervals is {self.intervals}; wanted 0 (none) or more rounds")
+        if self.table is not None and self.table.suffix not in (".csv", ".parquet"):
+            raise ValueError(f"table is {self.table}; wanted a file that ends in .csv or .parquet")
 
 
 @dataclass(frozen=True)
@@ -76,13 +89,14 @@ def score(predictions_dir: str | Path, truth_dir: str | Path, *, workers: int = 
     return gather(Path(predictions_dir), Path(truth_dir), workers=workers).scores()
 
 
-def gather(predictions_dir: Path, truth_dir: Path, *, workers: int = 1) -> Moments:
+def gather(predictions_dir: Path, truth_dir: Path, *, workers: int = 1, height_bins: bool = False) -> Moments:
     """The moments of every tile of the truth, in the order of the keys; see `score`."""
     pairs, problems = _match(predictions_dir, truth_dir)
     moments = Moments()
     if workers == 0 and sum(_bytes(pair) for pair in pairs) < SMALL_JOB_BYTES:
         workers = 1
-    measured = process_map(measure, pairs, workers=min(workers, len(pairs)) if pairs else 1)
+    one_pair = functools.partial(measure, height_bins=height_bins)
+    measured = process_map(one_pair, pairs, workers=min(workers, len(pairs)) if pairs else 1)
     for found in metrics_log.track(measured, total=len(pairs), label="score"):
         if isinstance(found, TileMoments):
             moments.add(found)
@@ -141,7 +155,7 @@ def _match(predictions_dir: Path, truth_dir: Path) -> tuple[list[_Pair], list[st
     return pairs, problems
 
 
-def measure(pair: _Pair) -> TileMoments | list[str]:
+def measure(pair: _Pair, height_bins: bool = False) -> TileMoments | list[str]:
     """Read and check one tile: its moments, or what is wrong with it, one sentence each."""
     problems: list[str] = []
     heights, true_heights = (
@@ -189,7 +203,12 @@ def measure(pair: _Pair) -> TileMoments | list[str]:
         predicted_unit_m=1 / geometry.CM_PER_M,
         true_unit_m=1 / geometry.CM_PER_M if true_cm else 1.0,
     )
-    return dataclasses.replace(tile, key=pair.truth.key)
+    by_height = None
+    if height_bins:
+        by_height = bins.tile_bins(
+            heights, true_heights, 1 / geometry.CM_PER_M, 1 / geometry.CM_PER_M if true_cm else 1.0
+        )
+    return dataclasses.replace(tile, key=pair.truth.key, bins=by_height)
 
 
 def _read(reader: Any, path: Path | None, problems: list[str]) -> Any:
@@ -231,30 +250,72 @@ def print_table(scores: dict[str, Any]) -> None:
         )
 
 
-def table_csv(moments: Moments) -> str:
-    """Every tile's figures as CSV: those of a city, as if the tile were one; empty without known heights."""
-    rows: list[dict[str, Any]] = []
+def print_bins(rows: list[dict[str, Any]]) -> None:
+    """Errors by true height, as a table on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Height errors by true height, all cities (m)")
+    for heading in ("true height", "share", "bias", "mean", "RMS"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        errors = (row[name] for name in ("bias_m", "mean_error_m", "rms_error_m"))
+        cells = ("" if error is None else f"{error:.2f}" for error in errors)
+        table.add_row(row["height_m"], f"{row['share']:.1%}", *cells)
+    Console(file=sys.stdout, width=80).print(table)
+
+
+def tile_rows(moments: Moments) -> list[dict[str, Any]]:
+    """Every tile's figures: those of a city, as if the tile were one; absent without known heights."""
+    rows = []
     for tile in moments.tiles:
-        figures = Moments([tile]).scores()["cities"].get(tile.city, {})
+        figures = dict(Moments([tile]).scores()["cities"].get(tile.city, {}))
+        figures.pop("images", None)
         rows.append({"key": tile.key, "city": tile.city, "known_pixels": int(tile["known"]), **figures})
-    names = list(dict.fromkeys(name for row in rows for name in row if name != "images"))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return rows
+
+
+def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Rows as CSV or Parquet by the file's extension (UserError: Parquet without pyarrow)."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    if path.suffix == ".csv":
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_bytes(path, text.getvalue().encode())
+        return
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(
+            f"--table {path}: Parquet is written by pyarrow, which is not installed: "
+            "pip install 'geopose-dist[parquet]', or name a .csv file"
+        ) from error
+    table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
+    buffer = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(table, buffer)
+    write_bytes(path, buffer.getvalue().to_pybytes())
 
 
 def run(recipe: EvaluateRecipe) -> None:
-    """Print the table, write the JSON, write the rectified pictures."""
-    moments = gather(recipe.predictions, recipe.truth, workers=recipe.workers)
+    """Print the tables, write the files, write the rectified pictures."""
+    groups = intervals.find_groups(recipe.truth, recipe.groups)
+    moments = gather(recipe.predictions, recipe.truth, workers=recipe.workers, height_bins=recipe.height_bins)
     scores = moments.scores()
     assert math.isfinite(scores["r2"])
+    print_table(scores)
+    if recipe.intervals:
+        scores["intervals"] = intervals.bootstrap(moments, groups, recipe.intervals)
+        print(intervals.in_words(scores["intervals"], scores["r2"]))
+    if recipe.height_bins:
+        scores["height_bins"] = bins.summary([tile.bins for tile in moments.tiles if tile.bins is not None])
+        print_bins(scores["height_bins"])
     if recipe.json is not None:
         write_bytes(recipe.json, (json.dumps(scores, indent=1, allow_nan=False) + "\n").encode())
     if recipe.table is not None:
-        write_bytes(recipe.table, table_csv(moments).encode())
-    print_table(scores)
+        write_table(recipe.table, tile_rows(moments))
     if recipe.rectify is not None:
         from geopose_dist.evaluate import rectify
 

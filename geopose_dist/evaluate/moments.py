@@ -45,11 +45,15 @@ FIELDS = (
 
 @dataclass(frozen=True)
 class TileMoments:
-    """What one tile adds to the score: its city, float64 [14] in the order of `FIELDS`, its name if it matters."""
+    """What one tile adds to the score: its city, float64 [14] in the order of `FIELDS`, its name if it matters.
+
+    `bins` are its errors by height, where somebody asked for them (see `bins.tile_bins`).
+    """
 
     city: str
     values: F64
     key: str = ""
+    bins: F64 | None = None
 
     def __getitem__(self, name: str) -> float:
         return float(self.values[FIELDS.index(name)])
