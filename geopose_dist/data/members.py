@@ -62,8 +62,36 @@ def split_name(name: str, where: str) -> tuple[str, str]:
     return str(path.parent / stem), extension
 
 
+def _plain_header(block: bytes) -> tarfile.TarInfo | None:
+    """The header of a plain file with a short name, as our own packing writes it; None: look closer.
+
+    Ten times as quick as tarfile, whose care for old formats took a third of the time of reading a sample.
+    """
+    if (
+        len(block) != BLOCK
+        or block[257:265] != b"ustar\x0000"
+        or block[156:157] != tarfile.REGTYPE
+        or block[345]
+    ):
+        return None
+    digits = block[124:135]
+    if digits.translate(None, b"01234567") or block[135:136] not in (b"\0", b" "):
+        return None
+    if block[148:156] != b"%06o\0 " % (sum(block) - sum(block[148:156]) + 8 * 32):
+        return None
+    try:
+        header = tarfile.TarInfo(block[:100].partition(b"\0")[0].decode())
+    except UnicodeDecodeError:
+        return None
+    header.size = int(digits, 8)
+    return None if not header.name or header.name.endswith("/") else header
+
+
 def _header(block: bytes, where: str) -> tarfile.TarInfo:
     """A tar header of a plain file, or of the extended header before one (UserError)."""
+    plain = _plain_header(block)
+    if plain is not None:
+        return plain
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
     except (tarfile.HeaderError, UnicodeDecodeError) as error:
