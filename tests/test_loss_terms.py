@@ -330,7 +330,8 @@ def test_fixed_spread_is_the_recipes() -> None:
     spread = CitySpread(LossRecipe(**SPREAD, city_mean_px={"JAX": 1.5}), CITIES, torch.device("cpu"))
     _, targets, _ = Case().torch()
     described = spread.describe(targets, torch.tensor([1, 0, 1]))
-    assert described.city_std_m is not None and described.city_mean_m is not None
+    assert described.city_std_m is not None
+    assert described.city_mean_m is not None
     assert described.city_mean_px is not None
     assert described.city_std_m.tolist() == [8.0, 3.0, 8.0]
     assert described.city_mean_m.tolist() == [5.0, 2.0, 5.0]

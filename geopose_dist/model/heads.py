@@ -69,26 +69,47 @@ def edge_weights(agl_m: Tensor) -> Tensor:
 
 
 class PooledScale(nn.Module):
-    """A positive scale [B] from the pooled deepest features and, on request, the log of the GSD.
+    """A positive scale [B] from the pooled deepest features.
 
     Args:
         channels: of the deepest features.
         start_px_per_m: what it answers before training.
-        gsd_input: whether it sees the GSD (NaN = unknown: a learned stand-in is used).
     """
 
-    def __init__(self, channels: int, start_px_per_m: float, gsd_input: bool) -> None:
+    def __init__(self, channels: int, start_px_per_m: float) -> None:
         super().__init__()
-        self.linear = nn.Linear(channels + (2 if gsd_input else 0), 1)
-        self.gsd_input = gsd_input
+        self.linear = nn.Linear(channels, 1)
         nn.init.zeros_(self.linear.weight)
         nn.init.constant_(self.linear.bias, inverse_softplus(start_px_per_m))
 
-    def forward(self, pooled: Tensor, gsd_m: Tensor) -> Tensor:
-        """Scale [B] in px/m of pooled features [B, C] and GSDs [B]."""
-        if self.gsd_input:
-            known = torch.isfinite(gsd_m)
-            log_gsd = torch.where(known, gsd_m, torch.ones_like(gsd_m)).log()
-            pooled = torch.cat([pooled, log_gsd[:, None], known[:, None].to(pooled.dtype)], dim=1)
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Scale [B] in px/m of pooled features [B, C]."""
         scale: Tensor = functional.softplus(self.linear(pooled))
         return scale[:, 0]
+
+
+class FullResolutionSkip(nn.Module):
+    """Two convolutions on the image itself, joined to the decoder's last block.
+
+    The decoder's own skips end at half resolution: smp's last block only enlarges. This one shows the heads
+    where an edge is to the pixel.
+
+    Args:
+        channels: of its features.
+        width: of the decoder's last block.
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.look = nn.Sequential(
+            nn.Conv2d(3, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+        )
+        self.join = nn.Conv2d(width + channels, width, 3, padding=1)
+
+    def forward(self, image: Tensor, decoded: Tensor) -> Tensor:
+        """The decoder's features [B, width, H, W], told of the normalised image [B, 3, H, W]."""
+        joined: Tensor = decoded + self.join(torch.cat([decoded, self.look(image)], dim=1))
+        return joined

@@ -39,8 +39,20 @@ class ModelRecipe:
     """Scale that an untrained pooled head answers with; unset: the training tiles' mean."""
     dropout: float = 0.0
     """Dropout before the pooled direction head (benchmark: 0.5)."""
+    direction_confidence: bool = False
+    """An output map of its own says how much each pixel's vector counts in the tile's direction, beside the edges
+    (model.direction edges)."""
+    full_resolution_skip: int = 0
+    """Channels of a skip at stride 1, from the image to the decoder's last block; 0: none (smp's last block
+    enlarges from stride 2 by itself)."""
     gsd_input: bool = False
-    """Feed the GSD to the pooled scale head; tiles without a GSD use a learned stand-in."""
+    """Tell the network each tile's GSD, where it is known."""
+    city_input: bool = False
+    """Tell the network each tile's city, where it is one of `cities`."""
+    cities: list[str] = field(default_factory=list)
+    """Cities that city_input tells apart; empty: those of the training shards. Any other city is unknown."""
+    input_dropout: float = 0.2
+    """Probability with which GSD and city are each hidden from a tile in training, so that both may be missing."""
 
     def __post_init__(self) -> None:
         if len(self.decoder_channels) != 5 or min(self.decoder_channels) < 1:
@@ -50,8 +62,18 @@ class ModelRecipe:
                 "model.scale least_squares fits a magnitude map; with model.magnitude derived there is none: "
                 "set model.magnitude separate or model.scale pooled"
             )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout is {self.dropout}; wanted 0 <= dropout < 1")
+        for name in ("dropout", "input_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; wanted 0 <= {name} < 1")
+        if self.direction_confidence and self.direction != "edges":
+            raise ValueError(
+                "model.direction_confidence weighs the vectors of pixels, and model.direction pooled has none; set "
+                "model.direction edges"
+            )
+        if self.full_resolution_skip < 0:
+            raise ValueError(
+                f"model.full_resolution_skip is {self.full_resolution_skip}; wanted 0 or more channels"
+            )
         for name in ("height_mean_m", "height_unit_m", "scale_mean_px_per_m"):
             mean = getattr(self, name)
             if mean is not None and mean <= 0:

@@ -18,6 +18,7 @@ from torch.nn import functional
 from geopose_dist.errors import UserError
 from geopose_dist.model import heads
 from geopose_dist.model.heads import Prediction
+from geopose_dist.model.inputs import TileInputs
 from geopose_dist.model.recipe import ModelRecipe
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -48,26 +49,48 @@ class GeoposeNet(nn.Module):
         if recipe.direction == "pooled":
             self.direction = nn.Linear(deepest, 2)
         if recipe.scale == "pooled":
-            self.scale = heads.PooledScale(deepest, recipe.scale_mean_px_per_m or 0.5, recipe.gsd_input)
+            self.scale = heads.PooledScale(deepest, recipe.scale_mean_px_per_m or 0.5)
+        if recipe.full_resolution_skip:
+            width = recipe.decoder_channels[-1]
+            self.full_resolution = heads.FullResolutionSkip(recipe.full_resolution_skip, width)
+        cities = len(recipe.cities) if recipe.city_input else 0
+        if recipe.gsd_input or cities:
+            self.inputs = TileInputs(
+                deepest, gsd=recipe.gsd_input, cities=cities, dropout=recipe.input_dropout
+            )
         if recipe.height == "softplus":
             start = self.unet.segmentation_head[0].bias
+            mean_m = recipe.height_mean_m or 4.0
             with torch.no_grad():
-                start[0] = heads.inverse_softplus((recipe.height_mean_m or 4.0) / self.height_unit_m)
+                start[0] = heads.inverse_softplus(mean_m / self.height_unit_m)
+                if recipe.magnitude == "separate":
+                    start[1] = mean_m * (recipe.scale_mean_px_per_m or 0.5)
 
-    def forward(self, rgb_u8: Tensor, gsd_m: Tensor, inside: Tensor | None = None) -> Prediction:
+    def forward(
+        self, rgb_u8: Tensor, gsd_m: Tensor, inside: Tensor | None = None, city: Tensor | None = None
+    ) -> Prediction:
         """Predict a batch.
 
         Args:
             rgb_u8: uint8 [B, 3, H, W]; H and W multiples of `size_multiple`.
             gsd_m: float32 [B], NaN where unknown.
             inside: bool [B, 1, H, W], False on padding; None = all inside.
+            city: int64 [B], position in `recipe.cities`, anything else = unknown; None = all unknown.
         """
-        features = self.unet.encoder((rgb_u8.float() - self.mean) / self.std)
-        maps = self.unet.segmentation_head(self.unet.decoder(features))
+        image = (rgb_u8.float() - self.mean) / self.std
+        features = self.unet.encoder(image)
+        if hasattr(self, "inputs"):
+            with torch.autocast(rgb_u8.device.type, enabled=False):
+                known = self.inputs(gsd_m, city)[:, :, None, None]
+            features = [*features[:-1], features[-1] + known.to(features[-1].dtype)]
+        decoded = self.unet.decoder(features)
+        if hasattr(self, "full_resolution"):
+            decoded = self.full_resolution(image, decoded)
+        maps = self.unet.segmentation_head(decoded)
         with torch.autocast(rgb_u8.device.type, enabled=False):
-            return self._heads(maps.float(), features[-1].float(), gsd_m, inside)
+            return self._heads(maps.float(), features[-1].float(), inside)
 
-    def _heads(self, maps: Tensor, deepest: Tensor, gsd_m: Tensor, inside: Tensor | None) -> Prediction:
+    def _heads(self, maps: Tensor, deepest: Tensor, inside: Tensor | None) -> Prediction:
         recipe = self.recipe
         parts = list(torch.split(maps, self.map_channels(), dim=1))
         agl_m = parts.pop(0)
@@ -79,9 +102,13 @@ class GeoposeNet(nn.Module):
         if direction_map is None:
             direction = self.direction(functional.dropout(pooled, recipe.dropout, self.training))
         else:
-            direction = (direction_map * heads.edge_weights(agl_m)).sum(dim=(2, 3))
+            weight = heads.edge_weights(agl_m)
+            if recipe.direction_confidence:
+                weight = weight * functional.softplus(parts.pop(0))
+                weight = weight / weight.sum(dim=(2, 3), keepdim=True).clamp(min=1e-12)
+            direction = (direction_map * weight).sum(dim=(2, 3))
         if recipe.scale == "pooled":
-            scale = self.scale(pooled, gsd_m)
+            scale = self.scale(pooled)
         else:
             assert magnitude_px is not None
             scale = heads.least_squares_scale(agl_m, magnitude_px, inside, heads.LEAST_SQUARES_RIDGE)
@@ -90,13 +117,14 @@ class GeoposeNet(nn.Module):
         return Prediction(agl_m, magnitude_px, direction, scale, direction_map)
 
     def map_channels(self) -> list[int]:
-        """Channels of each output map: height, magnitude if separate, direction if per pixel."""
+        """Channels of each output map, in order."""
         return map_channels(self.recipe)
 
 
 def map_channels(recipe: ModelRecipe) -> list[int]:
-    """Channels of each output map of a recipe, in order."""
-    return [1] + [1] * (recipe.magnitude == "separate") + [2] * (recipe.direction == "edges")
+    """Channels of a recipe's output maps: height, magnitude if separate, direction if per pixel, its confidence."""
+    separate, edges = recipe.magnitude == "separate", recipe.direction == "edges"
+    return [1] + [1] * separate + [2] * edges + [1] * (edges and recipe.direction_confidence)
 
 
 def build_unet(recipe: ModelRecipe) -> smp.Unet:

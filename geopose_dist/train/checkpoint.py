@@ -25,7 +25,7 @@ from geopose_dist.model.pretrained import UNREADABLE, read_state
 from geopose_dist.train.recipe import TrainRecipe
 
 FREE_TO_DIFFER = (
-    "out", "device", "log_every", "init_from", "allow_change", "timeout_s", "check",
+    "out", "device", "log_every", "init_from", "allow_change", "on_nonfinite", "nonfinite_limit", "timeout_s", "check",
     "checkpoint_activations", "data.shards", "data.workers", "data.prefetch",
     "data.on_damage", "data.damage_limit", "validation", "checkpoint",
 )  # fmt: skip

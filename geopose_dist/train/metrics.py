@@ -6,6 +6,7 @@ waiting for the device.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,17 +59,12 @@ class Meter:
 
 
 def write_metrics(
-    session: Session, result: StepResult, meter: Meter, bar: ProgressBar, keys: list[str]
+    session: Session, result: StepResult, meter: Meter, bar: ProgressBar
 ) -> None:
-    """One line of metrics.jsonl about the step just taken; a loss that is not finite ends the run by name."""
+    """One line of metrics.jsonl about the step just taken; what is not finite (see guard.py) is null there."""
     shares = session.world.sum(torch.cat([result.loss[None], result.terms]))
     value, *terms, grad_norm = torch.cat([shares, result.grad_norm[None]]).tolist()  # waits for the device
     step, optimizer = session.progress.step, session.stepper.optimizer
-    if value != value or abs(value) == float("inf"):
-        raise FinishedWithFailures(
-            f"step {step}: the loss is {value}; this rank's tiles: {', '.join(keys)}; the last "
-            f"checkpoint in {session.recipe.out} is whole; lower optim.lr, or look at these tiles"
-        )
     weight = loss.weights(session.recipe.loss)
     line: dict[str, Any] = {
         "step": step,
@@ -81,6 +77,10 @@ def write_metrics(
     }
     if session.world.device.type == "cuda":
         line["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    line = {
+        name: None if isinstance(number, float) and not math.isfinite(number) else number
+        for name, number in line.items()
+    }
     if session.world.is_first:
         session.log.write("metrics", line)
         note = f"loss {value:.4g}, {line['tiles_per_s']:.3g} tiles/s, waiting {line['data_wait_share']:.0%}"

@@ -77,8 +77,16 @@ class ValidationRecipe:
 
     every_epochs: float = 1.0
     """Validate at the first step past each multiple of so many epochs; 0 = only at the end."""
+    patience: int = 0
+    """End the run after so many validations in a row without a better score; 0: never."""
+    panels: int = 4
+    """Validation tiles, evenly spread and always the same, whose picture, heights, error and flow TensorBoard
+    shows after each validation; 0: none."""
 
     def __post_init__(self) -> None:
+        for name in ("patience", "panels"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"validation.{name} is {getattr(self, name)}; wanted 0 or more")
         if self.every_epochs < 0:
             raise ValueError(f"validation.every_epochs is {self.every_epochs}; wanted a number >= 0")
 
@@ -159,6 +167,11 @@ class TrainRecipe:
     """Decay of the averaged weights that are validated and saved beside the raw ones; 0 = none."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A step whose gradient is not finite is never applied and its batch is saved for `geopose replay`; then the
+    run stops, or goes on without that step."""
+    nonfinite_limit: int = 10
+    """Steps, since the start, that `on_nonfinite: skip` may leave out before the run stops after all."""
     init_from: str | None = None
     """Checkpoint or run whose weights this run starts from; unlike going on, nothing else is taken over."""
     allow_change: list[str] = field(default_factory=list)

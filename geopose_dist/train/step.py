@@ -20,9 +20,12 @@ from torch import Tensor, nn
 
 from geopose_dist.data.batch import OUTSIDE_CM, UNKNOWN_CM, Batch
 from geopose_dist.model import depthwise, device_augment, loss
+from geopose_dist.model.city_spread import CitySpread
 from geopose_dist.model.heads import Prediction
+from geopose_dist.model.inputs import city_numbers
 from geopose_dist.model.loss import Targets
 from geopose_dist.runtime import World
+from geopose_dist.train.guard import Guard
 from geopose_dist.train.parallel import wrap
 from geopose_dist.train.recipe import TrainRecipe
 
@@ -62,10 +65,8 @@ class Stepper:
         cities: Sequence[str] = (),
     ) -> None:
         self.recipe, self.net, self.optimizer, self.world = recipe, net, optimizer, world
-        known = recipe.loss.city_std_m
-        self._city_std_m = (
-            torch.tensor([known.get(c, 1.0) for c in cities], device=world.device) if known else None
-        )
+        self.spread = CitySpread(recipe.loss, cities, world.device)
+        self._cities = city_numbers(recipe.model.cities, cities).to(world.device)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "fp16")
         if world.device.type == "cpu" and recipe.precision == "bf16":
             depthwise.keep_float32(net)
@@ -79,7 +80,8 @@ class Stepper:
                 parameter.grad = torch.zeros_like(parameter)
         self.wrapped = wrap(net, world, recipe.ddp)
         running = ("running_mean", "running_var")
-        self._buffers = [buffer for name, buffer in net.named_buffers() if name.endswith(running)]
+        buffers = [buffer for name, buffer in net.named_buffers() if name.endswith(running)]
+        self.guard = Guard(recipe, optimizer, buffers, world.device)
         self._settle_buckets()
 
     def step(self, batches: Sequence[Batch], number: int, first_micro_batch: int) -> StepResult:
@@ -92,14 +94,14 @@ class Stepper:
         """
         world = self.world
         batches = [device_augment.finish(batch) for batch in batches]
-        targets = [targets_of(batch, self._city_std_m) for batch in batches]
-        sums = [loss.denominators(self.recipe.loss, target) for target in targets]
-        total = world.sum(torch.stack([*sums, self._zero_sums()]).sum(dim=0))
+        targets = [self.spread.describe(targets_of(batch), batch.city) for batch in batches]
+        total = self._global_sums(targets, [batch.city for batch in batches])
         losses, terms = self._zero(), torch.zeros(len(loss.TERMS), device=world.device)
         for i, (batch, target) in enumerate(zip(batches, targets, strict=True)):
             seed_dropout(self.recipe.seed, number, first_micro_batch + i * world.size)
             with self._sync_only(i == len(batches) - 1):
-                prediction = self._forward(batch.rgb, batch.gsd_m, target.inside)
+                city = self._cities[batch.city] if self.recipe.model.city_input else None
+                prediction = self._forward(batch.rgb, batch.gsd_m, target.inside, city)
                 numerators = loss.numerators(self.recipe.loss, prediction, target)
                 share, term_shares = loss.combine(self.recipe.loss, numerators, total)
                 torch.autograd.backward(self.scaler.scale(share * world.size))
@@ -109,18 +111,33 @@ class Stepper:
         self.scaler.unscale_(self.optimizer)
         clip = self.recipe.optim.clip_norm
         grad_norm = nn.utils.clip_grad_norm_(self.net.parameters(), clip if clip > 0 else float("inf"))
+        self.guard.judge(grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self._clear_gradients()
         self._average_buffers()
         return StepResult(losses, terms, grad_norm)
 
-    def _forward(self, rgb: Tensor, gsd_m: Tensor, inside: Tensor | None) -> Prediction:
+    def _global_sums(self, targets: Sequence[Targets], cities: Sequence[Tensor]) -> Tensor:
+        """float64 [len(TERMS)]: the denominators of the whole global batch, by one exchange."""
+        recipe, width = self.recipe.loss, len(loss.TERMS)
+        sums = torch.zeros(width, dtype=torch.float64, device=self.world.device)
+        seen = torch.zeros_like(self.spread.sums if self.spread.running else sums[:0]).flatten()
+        for target, city in zip(targets, cities, strict=True):
+            sums = sums + loss.denominators(recipe, target)
+            seen = seen + self.spread.shares(target, city)
+        total = self.world.sum(torch.cat([sums, seen]))
+        self.spread.add(total[width:])
+        return total[:width]
+
+    def _forward(
+        self, rgb: Tensor, gsd_m: Tensor, inside: Tensor | None, city: Tensor | None = None
+    ) -> Prediction:
         dtype = DTYPES[self.recipe.precision]
         if self._graphs:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         with torch.autocast(self.world.device.type, dtype=dtype, enabled=dtype is not None):
-            prediction: Prediction = self.wrapped(rgb, gsd_m, inside)
+            prediction: Prediction = self.wrapped(rgb, gsd_m, inside, city)
         return prediction
 
     def _clear_gradients(self) -> None:
@@ -165,19 +182,14 @@ class Stepper:
         So all ranks hold the same state at each step's end, whichever of them saves it, and a run that
         goes on from a checkpoint is the run that was never stopped, validation included.
         """
-        if self.world.size > 1 and self._buffers:
-            flat = torch.cat([buffer.flatten() for buffer in self._buffers])
+        flat = self.guard.running()
+        if self.world.size > 1 and len(flat):
             dist.all_reduce(flat)
             flat /= self.world.size
-            parts = torch.split(flat, [buffer.numel() for buffer in self._buffers])
-            for buffer, part in zip(self._buffers, parts, strict=True):
-                buffer.copy_(part.view_as(buffer))
+        self.guard.put_running(flat)
 
     def _zero(self) -> Tensor:
         return torch.zeros((), device=self.world.device)
-
-    def _zero_sums(self) -> Tensor:
-        return torch.zeros(len(loss.TERMS), dtype=torch.float64, device=self.world.device)
 
 
 def uncompiled() -> contextlib.AbstractContextManager[Any]:
@@ -186,16 +198,14 @@ def uncompiled() -> contextlib.AbstractContextManager[Any]:
     return stance
 
 
-def targets_of(batch: Batch, city_std_m: Tensor | None = None) -> Targets:
-    """Labels of a batch: heights in metres from its compact centimetres and their two markers.
-
-    `city_std_m` is a float32 [cities] on the batch's device, in the order of the manifest's cities.
-    """
+def targets_of(batch: Batch) -> Targets:
+    """Labels of a batch: heights in metres from its compact centimetres and their two markers."""
     agl_cm = batch.agl_cm.to(torch.int32)
     inside = agl_cm != OUTSIDE_CM
     known = inside & (agl_cm != UNKNOWN_CM)
-    std = None if city_std_m is None else city_std_m[batch.city]
-    return Targets(agl_cm.float() / 100, known, batch.direction, batch.scale_px_per_m, inside, city_std_m=std)
+    return Targets(
+        agl_cm.float() / 100, known, batch.direction, batch.scale_px_per_m, inside, gsd_m=batch.gsd_m
+    )
 
 
 def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
