@@ -84,3 +84,11 @@ def geopose() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def train_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of 12 tiles to learn from and 4 to validate on, for tiny training runs."""
+    import runs
+
+    return runs.make_shards(tmp_path_factory.mktemp("train-data"))

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
+from tiles import make_dataset
 from torch import Tensor
+
+from geopose_dist import cli, config
+from geopose_dist.train.recipe import TrainRecipe
+from shards.pack import PackRecipe
+from shards.pack import run as pack
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,6 +39,16 @@ TINY = (
 def words(shards: Path, out: Path, *options: str) -> list[str]:
     """The words of a tiny `geopose train`."""
     return ["train", *TINY, f"--data.shards={shards}", f"--out={out}", *options]
+
+
+def train(shards: Path, out: Path, *options: str) -> int:
+    """A tiny `geopose train` in this process; its exit code."""
+    return cli.main(words(shards, out, *options))
+
+
+def recipe(shards: Path, *options: str) -> TrainRecipe:
+    """The recipe of a tiny run."""
+    return config.parse(TrainRecipe, words(shards, Path("unused"), *options)[1:], prog="test", description="")
 
 
 def launch(command: list[str], ranks: int) -> subprocess.Popen[str]:
@@ -68,3 +88,51 @@ def final_weights(run: Path, name: str = "model") -> dict[str, Tensor]:
     """Tensors of the newest checkpoint."""
     newest = sorted((run / "checkpoints").glob("step-*"))[-1]
     return load_file(newest / f"{name}.safetensors")
+
+
+def make_shards(folder: Path) -> Path:
+    """12 tiles to learn from, of which two know no height, and 4 to validate on, in real shards."""
+    keys = make_dataset(folder / "tiles", 16)
+    for key in keys[2:4]:
+        (folder / "tiles" / "train" / f"{key}_AGL.tif").unlink()
+    table = folder / "tiles" / "geopose_train.csv"
+    text = table.read_text()
+    for key in keys[2:4]:
+        text = text.replace(f"{key}_AGL.tif", "")
+    table.write_text(text)
+    (folder / "split.json").write_text(json.dumps({"train": keys[:12], "val": keys[12:]}))
+    pack(
+        PackRecipe(
+            source=str(folder / "tiles"),
+            out=str(folder / "shards"),
+            split=str(folder / "split.json"),
+            reduce=1,
+        )
+    )
+    return folder / "shards"
+
+
+def stop_after(run: Path, step: int) -> threading.Thread:
+    """Send this process a real SIGTERM once the run has logged `step`."""
+
+    def watch() -> None:
+        for _ in range(6000):
+            if (run / "metrics.jsonl").exists() and len(
+                (run / "metrics.jsonl").read_text().splitlines()
+            ) >= step:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            time.sleep(0.005)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+def wait_until(ready: Callable[[], bool], process: Any, timeout_s: float = 240) -> None:
+    """Poll until `ready`, or fail with the process's output if it ended first."""
+    end = time.monotonic() + timeout_s
+    while not ready():
+        assert process.poll() is None, finish(process)[1]
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.02)
