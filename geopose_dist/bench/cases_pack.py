@@ -105,7 +105,7 @@ def check_same(shards: Path, folder: Path) -> None:
     import tifffile
 
     from geopose_dist.data.reader import Reader
-    from geopose_dist.data.source import open_shards
+    from geopose_dist.data.reader import open_shards
 
     reader = Reader(open_shards(str(shards), "train"))
     for view in map(reader.view, range(len(reader))):
