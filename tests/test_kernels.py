@@ -17,6 +17,7 @@ from geopose_dist.kernels import Raised, reference
 
 SAME = np.array([[1.0, 0, 0], [0, 1.0, 0]])
 ANGLES = st.one_of(st.floats(0, 2 * math.pi), st.sampled_from([k * math.pi / 4 for k in range(8)]))
+ORIGINS = st.one_of(st.just((0, 0)), st.tuples(st.integers(0, 300), st.integers(0, 300)))
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 
 
@@ -45,10 +46,10 @@ def tiles(draw, most=40):
 
 
 @quick
-@given(tiles(), st.floats(0, 3), ANGLES, st.sampled_from([None, 0.3, 1.0]))
-def test_invert_flow_is_its_twin(tile, per_m, angle, drop):
-    found = kernels.invert_flow(tile[1], per_m, angle, facade_px_per_px=drop)
-    wanted = reference.invert_flow(tile[1], per_m, angle, facade_px_per_px=drop)
+@given(tiles(), st.floats(0, 3), ANGLES, st.sampled_from([None, 0.3, 1.0]), ORIGINS)
+def test_invert_flow_is_its_twin(tile, per_m, angle, drop, origin):
+    found = kernels.invert_flow(tile[1], per_m, angle, facade_px_per_px=drop, origin=origin)
+    wanted = reference.invert_flow(tile[1], per_m, angle, facade_px_per_px=drop, origin=origin)
     np.testing.assert_array_equal(np.isnan(found), np.isnan(wanted))
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
@@ -69,16 +70,21 @@ def test_rectify_is_its_twin(tile, scale, angle):
     st.tuples(st.floats(-60, 60), st.floats(-60, 60)),
     st.one_of(st.none(), ANGLES),
     st.booleans(),
+    st.one_of(st.none(), st.tuples(*[st.integers(0, 30)] * 4)),
 )
-def test_gather_is_its_twin(tile, size, linear, offset, raised_angle, with_heights):
-    """Also with maps that miss the tile altogether."""
+def test_gather_is_its_twin(tile, size, linear, offset, raised_angle, with_heights, around):
+    """Also with maps that miss the tile altogether, and with a part of a tile that lacks what they read."""
     rgb, agl = tile
     matrix = np.array([[linear[0], linear[1], offset[0]], [linear[2], linear[3], offset[1]]])
     raised = None
     if raised_angle is not None:
         raised = Raised(kernels.invert_flow(agl, 0.5, raised_angle), raised_angle, 2.0)
     arguments = (rgb, agl if with_heights else None, matrix, size, raised, (9, 8, 7))
-    found, wanted = kernels.gather(*arguments), reference.gather(*arguments)
+    part = {}
+    if around is not None:
+        whole = agl.shape[0] + around[0] + around[2], agl.shape[1] + around[1] + around[3]
+        part = {"origin": around[:2], "tile_size": whole}
+    found, wanted = kernels.gather(*arguments, **part), reference.gather(*arguments, **part)
     for one, other in zip(found, wanted, strict=True):
         assert (one is None) == (other is None)
         if one is not None:
@@ -96,6 +102,40 @@ def test_gather_in_strips_is_the_gather_of_each_part(rng):
         part = kernels.gather(rgb, agl, shifted, (40, 300))
         np.testing.assert_array_equal(whole[0][:, 1000:], part[0])
         np.testing.assert_array_equal(whole[1][:, 1000:], part[1])
+
+
+@quick
+@given(st.integers(0, 10**6), st.sampled_from([1, 0.5, 0.8]), st.sampled_from([0, 90, 30, 17]), st.booleans())
+def test_a_part_gives_the_bytes_of_the_whole(seed, zoom, degrees, lifted):
+    """Also where places fall half-way between pixels, which a shifted origin would round the other way."""
+    rng = np.random.Generator(np.random.Philox(seed))
+    rgb = rng.integers(0, 256, (120, 140, 3), dtype=np.uint8)
+    agl = np.where(rng.random((120, 140)) < 0.02, rng.uniform(0, 8, (120, 140)), 0).astype(np.float32)
+    cos, sin = math.cos(math.radians(degrees)) / zoom, math.sin(math.radians(degrees)) / zoom
+    row, col = rng.integers(45, 75), rng.integers(45, 95)
+    matrix = np.array([[cos, sin, row - 10 * (cos + sin) + 0.5], [-sin, cos, col - 10 * (cos - sin)]])
+    top, left = row - 40, col - 40
+    cut = np.s_[top : top + 80, left : left + 80]
+    angle = float(rng.uniform(0, 6))
+    whole, part = None, None
+    if lifted:
+        whole = Raised(kernels.invert_flow(agl, 1.0, angle), angle, 2.0)
+        shift = kernels.invert_flow(np.ascontiguousarray(agl[cut]), 1.0, angle, origin=(top, left))
+        np.testing.assert_array_equal(shift[12:-12, 12:-12], whole.shift_px[cut][12:-12, 12:-12])
+        part = Raised(shift, angle, 2.0)
+    wanted = kernels.gather(rgb, agl, matrix, (21, 21), whole)
+    found = kernels.gather(
+        rgb[cut],
+        np.ascontiguousarray(agl[cut]),
+        matrix,
+        (21, 21),
+        part,
+        origin=(top, left),
+        tile_size=(120, 140),
+    )
+    assert wanted[2] is None
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_gather_by_itself_changes_nothing(rng):
@@ -274,6 +314,14 @@ def test_wrong_arguments_of_the_other_doors_are_named():
         kernels.gather(GOOD_RGB, None, SAME * np.nan, (4, 5))
     with pytest.raises(ValueError, match=r"size is \(0, 5\); wanted"):
         kernels.gather(GOOD_RGB, None, SAME, (0, 5))
+    with pytest.raises(
+        ValueError, match=r"origin is \(0, 3\) with rgb of \(4, 5\); wanted a part of the tile of \(4, 7\)"
+    ):
+        kernels.gather(GOOD_RGB, None, SAME, (4, 5), origin=(0, 3), tile_size=(4, 7))
+    with pytest.raises(ValueError, match=r"origin is \(-1, 0\) with agl_m"):
+        kernels.invert_flow(GOOD_AGL, 1.0, 0.0, origin=(-1, 0))
+    with pytest.raises(ValueError, match=r"tile_size is \(40000, 7\); wanted sides of at most"):
+        kernels.gather(GOOD_RGB, None, SAME, (4, 5), tile_size=(40000, 7))
     with pytest.raises(ValueError, match=r"raised.shift_px is float32 \[2, 2\]; wanted the size of rgb"):
         kernels.gather(GOOD_RGB, GOOD_AGL, SAME, (4, 5), Raised(np.zeros((2, 2), np.float32), 0.0, 1.0))
     with pytest.raises(ValueError, match=r"table is uint8 \[3, 255\]"):

@@ -8,6 +8,7 @@ from geopose_dist.augment.apply import Augmenter, apply, raise_heights
 from geopose_dist.augment.deferred import Deferrer, defer, transform_of
 from geopose_dist.augment.draw import Draw, Tone, draw
 from geopose_dist.augment.recipe import AugmentRecipe
+from geopose_dist.augment.window import needed_window
 
 __all__ = [
     "AugmentRecipe",
@@ -18,6 +19,7 @@ __all__ = [
     "apply",
     "defer",
     "draw",
+    "needed_window",
     "raise_heights",
     "transform_of",
 ]

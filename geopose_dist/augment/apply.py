@@ -1,9 +1,9 @@
 """The other half of augmentation: do what a `Draw` says, with no randomness left.
 
 All geometry of a draw is composed into one map and the pixels are fetched once, and only those of the crop:
-heights are raised in the part of the tile that the crop's lines of sight can reach. Labels go through
-`geometry.Pose`, operation by operation. Unknown heights are NaN, and so is everything outside the tile, where
-`View.inside` is False.
+heights are raised in the part of the tile that the crop's lines of sight can reach (`window`), and a view that
+holds only this part gives the bytes of the whole tile. Labels go through `geometry.Pose`, operation by operation.
+Unknown heights are NaN, and so is everything outside the tile, where `View.inside` is False.
 """
 
 from __future__ import annotations
@@ -12,19 +12,15 @@ import dataclasses
 import math
 
 import numpy as np
-import numpy.typing as npt
 
 from geopose_dist import kernels
-from geopose_dist.augment.draw import Draw, draw, linear_part
-from geopose_dist.augment.recipe import AugmentRecipe
+from geopose_dist.augment.draw import Draw, draw
+from geopose_dist.augment.recipe import MAX_FACTOR, AugmentRecipe
 from geopose_dist.augment.tone import apply_tone
-from geopose_dist.data.sample import U8, View
-from geopose_dist.geometry import F32, Pose, direction
+from geopose_dist.augment.window import Matrix, map_of, needed_window
+from geopose_dist.data.sample import U8, Outline, View, Window
+from geopose_dist.geometry import F32, Pose
 
-MAX_FACTOR = 10.0
-"""Heights are raised by at most this: beyond it a mix-up of arguments is likelier than a wish."""
-
-Matrix = npt.NDArray[np.float64]
 _SAME: Matrix = np.array([[1.0, 0, 0], [0, 1.0, 0]])
 
 
@@ -56,32 +52,49 @@ def raise_heights(
     return out_rgb, out_agl
 
 
-def _raised(agl_m: F32, scale_px_per_m: float, angle_rad: float, factor: float) -> kernels.Raised:
+def _raised(
+    agl_m: F32, scale_px_per_m: float, angle_rad: float, factor: float, origin: tuple[int, int] = (0, 0)
+) -> kernels.Raised:
     per_m = scale_px_per_m * (factor - 1)
-    shift = kernels.invert_flow(agl_m, per_m, angle_rad, facade_px_per_px=factor - 1)
+    shift = kernels.invert_flow(agl_m, per_m, angle_rad, facade_px_per_px=factor - 1, origin=origin)
     return kernels.Raised(shift, angle_rad, factor / per_m)
 
 
 def apply(view: View, drawn: Draw) -> View:
-    """The view after everything that `drawn` says; the view given is not changed."""
-    matrix, size = _map(view, drawn)
-    rgb, agl_m, inside_before, raised = view.rgb, view.agl_m, view.inside, None
-    pose = view.pose
+    """The view after everything that `drawn` says; the view given is not changed.
+
+    Raises:
+        ValueError: the view's arrays are not those of a tile, or it is a part (`View.part`) that lacks some of the
+            `needed_window` of this draw.
+    """
+    _check(view)
+    matrix, size = map_of(view.size, drawn)
+    need = needed_window(drawn, view.size, view.pose, view.tallest_m if drawn.heights is not None else 0.0)
+    here = Window(0, 0, *view.size) if view.part is None else view.part.window
+    if view.part is not None and _within(here, need) != need:
+        raise ValueError(f"view.part is {here}; wanted one that holds {need}, which the draw needs")
+    rgb, agl_m, inside_before, raised, pose = view.rgb, view.agl_m, view.inside, None, view.pose
     if drawn.heights is not None and drawn.heights > 1:
-        assert agl_m is not None, "draw() skips heights that are not known"
-        assert pose is not None, "draw() skips heights without a pose"
-        part = _within_reach(agl_m, pose, drawn.heights, matrix, size)
-        rgb, agl_m = rgb[part], np.ascontiguousarray(agl_m[part])
+        if agl_m is None or pose is None:  # draw() skips such heights, but a Draw may be written by hand
+            lacks = "heights" if agl_m is None else "pose"
+            raise ValueError(
+                f"drawn.heights is {drawn.heights}; wanted None for {view.key}, which has no {lacks}"
+            )
+        part = Window(need.row - here.row, need.col - here.col, need.rows, need.cols).slices
+        rgb, agl_m, here = rgb[part], np.ascontiguousarray(agl_m[part]), need
         inside_before = None if inside_before is None else inside_before[part]
-        matrix = matrix - np.array([[0, 0, part[0].start], [0, 0, part[1].start]])
-        raised = _raised(agl_m, pose.scale_px_per_m, pose.angle_rad, drawn.heights)
-    if raised is None and view.inside is None and np.array_equal(matrix, _SAME) and size == rgb.shape[:2]:
+        raised = _raised(agl_m, pose.scale_px_per_m, pose.angle_rad, drawn.heights, here[:2])
+    origin, tile_size = here[:2], view.size
+    whole = here == (0, 0, *size)
+    if raised is None and view.inside is None and whole and np.array_equal(matrix, _SAME):
         out_rgb, out_agl, inside = rgb, agl_m, None
     else:
-        out_rgb, out_agl, inside = kernels.gather(rgb, agl_m, matrix, size, raised)
+        out_rgb, out_agl, inside = kernels.gather(
+            rgb, agl_m, matrix, size, raised, origin=origin, tile_size=tile_size
+        )
     if inside_before is not None:
         plane = np.where(inside_before, np.float32(1), np.float32(np.nan))
-        _, seen, _ = kernels.gather(rgb, plane, matrix, size, raised)
+        _, seen, _ = kernels.gather(rgb, plane, matrix, size, raised, origin=origin, tile_size=tile_size)
         assert seen is not None
         inside = np.isfinite(seen)
         inside = None if inside.all() else inside
@@ -97,50 +110,43 @@ def apply(view: View, drawn: Draw) -> View:
         rgb=out_rgb,
         agl_m=out_agl,
         inside=inside,
+        part=None,
         gsd_m=pose_after.gsd_m,
         scale_px_per_m=None if pose is None else pose_after.scale_px_per_m,
         angle_rad=None if pose is None else pose_after.angle_rad,
     )
 
 
-def _map(view: View, drawn: Draw) -> tuple[Matrix, tuple[int, int]]:
-    """Output (row, column, 1) to the place in the raised tile, and the output's size."""
-    rows, cols = view.rgb.shape[:2]
-    back = linear_part(drawn.operations)
-    if drawn.window is None:
-        # Only exact swaps of the axes swap the sides: a turned tile keeps its size, as it keeps its centre.
-        swaps = sum(
-            name == "transpose" or (name == "rotate" and value % 180 == 90)
-            for name, value in drawn.operations
-        )
-        size = (cols, rows) if swaps % 2 else (rows, cols)
-        centre = np.array([(rows - 1) / 2, (cols - 1) / 2])
-    else:
-        row, col, out_rows, out_cols = drawn.window
-        size = (out_rows, out_cols)
-        centre = np.array([row + (out_rows - 1) / 2, col + (out_cols - 1) / 2])
-    offset = centre - back @ np.array([(size[0] - 1) / 2, (size[1] - 1) / 2])
-    return np.column_stack([back, offset]), size
+def _check(view: View) -> None:
+    """ValueError unless the view's arrays are those of a tile or of the part that it says it is."""
+    shape = np.shape(view.rgb)
+    if not isinstance(view.rgb, np.ndarray) or view.rgb.dtype != np.uint8 or shape[2:] != (3,):
+        raise ValueError(f"view.rgb is {_said(view.rgb)}; wanted uint8 [H, W, 3]")
+    for name, plane, kind in (("agl_m", view.agl_m, np.float32), ("inside", view.inside, np.bool_)):
+        if plane is not None and (plane.dtype != kind or plane.shape != shape[:2]):
+            raise ValueError(
+                f"view.{name} is {_said(plane)}; wanted {np.dtype(kind)} {list(shape[:2])} as rgb is"
+            )
+    if view.part is not None:
+        window, tile = view.part.window, Window(0, 0, *view.part.size)
+        if window[2:] != shape[:2] or _within(tile, window) != window:
+            raise ValueError(
+                f"view.part is {view.part} with rgb {_said(view.rgb)}; wanted the place of its pixels"
+            )
 
 
-def _within_reach(
-    agl_m: F32, pose: Pose, factor: float, matrix: Matrix, size: tuple[int, int]
-) -> tuple[slice, slice]:
-    """The part of the tile that the output's lines of sight can meet."""
-    corners = np.array([[r, c, 1.0] for r in (0, size[0] - 1) for c in (0, size[1] - 1)]) @ matrix.T
-    low, high = corners.min(axis=0), corners.max(axis=0)
-    rows, cols = agl_m.shape
-    if low[0] <= 0 and low[1] <= 0 and high[0] >= rows - 1 and high[1] >= cols - 1:
-        return slice(0, rows), slice(0, cols)
-    reach = max(0.0, float(np.fmax.reduce(agl_m, axis=None))) * pose.scale_px_per_m * (factor - 1)
-    x, y = direction(pose.angle_rad)
-    parts = []
-    for axis, along, side in ((0, y, rows), (1, x, cols)):
-        start = max(0, math.floor(low[axis] + min(0.0, along * reach)) - 3)
-        stop = min(side, math.ceil(high[axis] + max(0.0, along * reach)) + 4)
-        start = min(start, side - 1)
-        parts.append(slice(start, max(stop, start + 1)))
-    return parts[0], parts[1]
+def _said(value: object) -> str:
+    return (
+        f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
+    )
+
+
+def _within(outer: Window, inner: Window) -> Window:
+    """What of `inner` lies in `outer`."""
+    row, col = max(outer.row, inner.row), max(outer.col, inner.col)
+    stop_row = min(outer.row + outer.rows, inner.row + inner.rows)
+    stop_col = min(outer.col + outer.cols, inner.col + inner.cols)
+    return Window(row, col, stop_row - row, stop_col - col)
 
 
 def _pose_after(pose: Pose, drawn: Draw) -> Pose:
@@ -197,4 +203,16 @@ class Augmenter:
 
     def __call__(self, view: View, rng: np.random.Generator) -> View:
         """`apply(view, draw(...))`."""
-        return apply(view, draw(self.recipe, rng, view, self.crop_px))
+        return self.apply(view, self.draw(view, rng))
+
+    def draw(self, tile: View | Outline, rng: np.random.Generator) -> Draw:
+        """What this sample gets, before it is decoded."""
+        return draw(self.recipe, rng, tile, self.crop_px)
+
+    def window(self, tile: Outline, drawn: Draw) -> Window:
+        """What has to be decoded of a tile for a draw."""
+        return needed_window(drawn, tile.size, tile.pose, tile.tallest_m)
+
+    def apply(self, view: View, drawn: Draw) -> View:
+        """See `apply`."""
+        return apply(view, drawn)

@@ -13,36 +13,32 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from geopose_dist.augment.apply import Augmenter, Matrix, _map, _pose_after
+from geopose_dist.augment.apply import Augmenter, _pose_after
 from geopose_dist.augment.draw import Draw, draw
 from geopose_dist.augment.recipe import AugmentRecipe
 from geopose_dist.augment.tone import noise_of, table
+from geopose_dist.augment.window import SIGHT_PX, map_of, needed_window
 from geopose_dist.data.deferred import Deferred, Raising, Toning
-from geopose_dist.data.sample import View
-from geopose_dist.geometry import Pose, direction
-
-MARGIN_PX = 3
-"""What is cut is this much larger than what can be reached: nearest pixels, bilinear neighbours, rounding."""
+from geopose_dist.data.sample import Outline, View, Window
+from geopose_dist.geometry import Pose
 
 
 def defer(view: View, drawn: Draw) -> View:
     """The part of `view` that `drawn` needs, with the labels that it will have and what is left to do."""
     assert not drawn.faults, "AugmentRecipe refuses faithful on the device"
     assert view.inside is None, "tiles come whole from the reader"
-    matrix, size = _map(view, drawn)
-    pose, raising, reach_px = view.pose, None, 0.0
+    matrix, size = map_of(view.size, drawn)
+    pose, raising, tallest_m = view.pose, None, 0.0
     if drawn.heights is not None and drawn.heights > 1:
         assert view.agl_m is not None, "draw() skips heights that are not known"
         assert pose is not None, "draw() skips heights without a pose"
-        tallest_m = float(np.fmax.reduce(view.agl_m, axis=None))
+        tallest_m = view.tallest_m
         per_m = pose.scale_px_per_m * (drawn.heights - 1)
         raising = Raising(per_m, pose.angle_rad, drawn.heights - 1, drawn.heights / per_m, tallest_m)
-        reach_px = tallest_m * per_m
-    part = _part(view, matrix, size, reach_px)
-    offset = matrix - np.array([[0, 0, part[0].start], [0, 0, part[1].start]])
-    agl_m = None if view.agl_m is None else view.agl_m[part]
-    rows, cols = part[0].stop - part[0].start, part[1].stop - part[1].start
-    (a, b, c), (d, e, f) = offset.tolist()
+    need = needed_window(drawn, view.size, pose, tallest_m)
+    first = (0, 0) if view.part is None else view.part.window[:2]
+    part = Window(need.row - first[0], need.col - first[1], need.rows, need.cols).slices
+    (a, b, c), (d, e, f) = matrix.tolist()
     toning = None
     if drawn.tone is not None:
         noise = noise_of(drawn.tone)
@@ -51,27 +47,13 @@ def defer(view: View, drawn: Draw) -> View:
     return dataclasses.replace(
         view,
         rgb=view.rgb[part],
-        agl_m=agl_m,
+        agl_m=None if view.agl_m is None else view.agl_m[part],
+        part=None,
         gsd_m=after.gsd_m,
         scale_px_per_m=None if pose is None else after.scale_px_per_m,
         angle_rad=None if pose is None else after.angle_rad,
-        deferred=Deferred(size, ((a, b, c), (d, e, f)), (rows, cols), raising, toning),
+        deferred=Deferred(size, ((a, b, c), (d, e, f)), need[2:], need[:2], view.size, raising, toning),
     )
-
-
-def _part(view: View, matrix: Matrix, size: tuple[int, int], reach_px: float) -> tuple[slice, slice]:
-    """Rows and columns of the tile that the output shows, or that lines of sight meet `reach_px` away."""
-    corners = np.array([[r, c, 1.0] for r in (0, size[0] - 1) for c in (0, size[1] - 1)]) @ matrix.T
-    low, high = corners.min(axis=0), corners.max(axis=0)
-    x, y = (0.0, 0.0) if view.angle_rad is None else direction(view.angle_rad)
-    parts = []
-    for axis, along in ((0, y), (1, x)):
-        side = view.rgb.shape[axis]
-        start = math.floor(low[axis] + min(0.0, along * reach_px)) - MARGIN_PX
-        stop = math.ceil(high[axis] + max(0.0, along * reach_px)) + MARGIN_PX + 1
-        start = min(max(start, 0), side - 1)
-        parts.append(slice(start, max(min(stop, side), start + 1)))
-    return parts[0], parts[1]
 
 
 @dataclass(frozen=True)
@@ -88,7 +70,19 @@ class Deferrer:
 
     def __call__(self, view: View, rng: np.random.Generator) -> View:
         """`defer(view, draw(...))`."""
-        return defer(view, draw(self.recipe, rng, view, self.crop_px))
+        return self.apply(view, self.draw(view, rng))
+
+    def draw(self, tile: View | Outline, rng: np.random.Generator) -> Draw:
+        """What this sample gets, before it is decoded."""
+        return draw(self.recipe, rng, tile, self.crop_px)
+
+    def window(self, tile: Outline, drawn: Draw) -> Window:
+        """What has to be decoded of a tile for a draw."""
+        return needed_window(drawn, tile.size, tile.pose, tile.tallest_m)
+
+    def apply(self, view: View, drawn: Draw) -> View:
+        """See `defer`."""
+        return defer(view, drawn)
 
     def ships_px(self, rows: int, cols: int) -> tuple[int, int]:
         """Rows and columns at most of what is shipped of a tile; raised heights may be met from anywhere in it."""
@@ -97,7 +91,7 @@ class Deferrer:
             return rows, cols
         turned = math.sqrt(2) if settings.rotate_p > 0 else 1.0
         zoomed = min(settings.zoom_min, 1.0) if settings.zoom_p > 0 else 1.0
-        most = math.ceil(self.crop_px * turned / zoomed) + 2 * MARGIN_PX + 1
+        most = math.ceil(self.crop_px * turned / zoomed) + 2 * SIGHT_PX + 1
         return min(rows, most), min(cols, most)
 
 

@@ -3,7 +3,7 @@
 `draw` turns a keyed generator into a `Draw`: plain numbers that can be printed, stored as JSON, replayed on
 another machine or applied on the device. It always takes the same count of numbers from the generator in the
 same order, so that switching one operation off leaves all others as they were. The crop is drawn here too,
-in source pixels, before any pixel is touched.
+in source pixels, and all of it from a tile's `Outline`: before any pixel is decoded.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from geopose_dist.augment.recipe import OPERATIONS, AugmentRecipe, Settings
-from geopose_dist.data.sample import View
+from geopose_dist.augment.recipe import MAX_FACTOR, OPERATIONS, AugmentRecipe, Settings
+from geopose_dist.data.sample import Outline, View
 from geopose_dist.errors import UserError
 
 _UNIFORMS = 32  # what one draw takes; more than are used today, so that a new operation moves no old one
@@ -64,6 +64,17 @@ class Draw:
     skipped: tuple[str, ...] = ()
     faults: bool = False
 
+    def __post_init__(self) -> None:
+        if self.heights is not None and not 1 <= self.heights <= MAX_FACTOR:
+            raise ValueError(f"heights is {self.heights}; wanted None or a factor from 1 to {MAX_FACTOR:g}")
+        for name, value in self.operations:
+            if name not in ("rotate", "zoom", "flip_x", "flip_y", "transpose"):
+                raise ValueError(f"operations has {name!r}; wanted rotate, zoom, flip_x, flip_y or transpose")
+            if not math.isfinite(value) or (name == "zoom" and value <= 0):
+                raise ValueError(f"operations has {name} {value}; wanted a finite number, above 0 for zoom")
+        if self.window is not None and (len(self.window) != 4 or min(self.window[2:]) < 1):
+            raise ValueError(f"window is {self.window}; wanted row, column and at least 1 rows and columns")
+
     def to_json(self) -> dict[str, Any]:
         """Plain lists and numbers; `from_json` brings it back exactly."""
         return dataclasses.asdict(self)
@@ -82,13 +93,15 @@ class Draw:
         )
 
 
-def draw(recipe: AugmentRecipe, rng: np.random.Generator, view: View, crop_px: int | None = None) -> Draw:
+def draw(
+    recipe: AugmentRecipe, rng: np.random.Generator, tile: View | Outline, crop_px: int | None = None
+) -> Draw:
     """Draw one sample's augmentation.
 
     Args:
         recipe: what may happen, how often and how strongly.
         rng: keyed by (seed, visit, sample, crop); 32 uniforms and one integer are taken.
-        view: the sample; only its size, labels present and, where heights are drawn, tallest height matter.
+        tile: what is known of the sample before it is decoded, or the sample; both give the same draw.
         crop_px: side of the crop; None = the whole tile.
 
     Raises:
@@ -97,7 +110,7 @@ def draw(recipe: AugmentRecipe, rng: np.random.Generator, view: View, crop_px: i
     settings = recipe.settings()
     u = iter(rng.random(_UNIFORMS).tolist())
     noise_seed = int(rng.integers(2**63))
-    heights, skipped = _heights(settings, next(u), next(u), view)
+    heights, skipped = _heights(settings, next(u), next(u), tile)
     chosen: dict[str, float | None] = {
         "quarter": _when(next(u) < settings.quarter_p, 90.0 * int(next(u) * 4)),
         "rotate": _when(next(u) < settings.rotate_p, float(int(next(u) * 360))),
@@ -114,7 +127,7 @@ def draw(recipe: AugmentRecipe, rng: np.random.Generator, view: View, crop_px: i
             operations.append(("rotate" if name == "quarter" else name, value))
     tone_wanted = next(u) < settings.tone_p
     tone = _tone(settings, [next(u) for _ in range(8)], noise_seed)
-    window = _window(view, crop_px, tuple(operations), next(u), next(u))
+    window = _window(tile, crop_px, tuple(operations), next(u), next(u))
     return Draw(heights, tuple(operations), window, tone if tone_wanted else None, skipped, settings.faults)
 
 
@@ -150,19 +163,21 @@ def _between(low: float, high: float, u: float) -> float:
     return low + (high - low) * u
 
 
-def _heights(settings: Settings, chance: float, u: float, view: View) -> tuple[float | None, tuple[str, ...]]:
+def _heights(
+    settings: Settings, chance: float, u: float, tile: View | Outline
+) -> tuple[float | None, tuple[str, ...]]:
     if chance >= settings.heights_p:
         return None, ()
-    if view.agl_m is None or view.pose is None:
-        return None, (f"heights: {view.key} has no {'heights' if view.agl_m is None else 'pose'}",)
-    if settings.faults and not np.isfinite(view.agl_m).all():
+    if not tile.has_heights or tile.pose is None:
+        return None, (f"heights: {tile.key} has no {'pose' if tile.has_heights else 'heights'}",)
+    if settings.faults and not tile.all_known:
         return None, ("heights: faithful to the benchmark, one unknown height switches it off",)
-    tallest = float(np.fmax.reduce(view.agl_m, axis=None))
+    tallest = tile.tallest_m
     if not tallest > 0:
-        return None, (f"heights: {view.key} has no known height above 0",)
+        return None, (f"heights: {tile.key} has no known height above 0",)
     most = min(settings.heights_max_factor, settings.heights_tallest_m / tallest)
     if most <= 1:
-        return None, (f"heights: the tallest of {view.key} is {tallest:.1f} m already",)
+        return None, (f"heights: the tallest of {tile.key} is {tallest:.1f} m already",)
     return _between(1.0, most, u), ()
 
 
@@ -185,14 +200,18 @@ def _tone(settings: Settings, u: list[float], noise_seed: int) -> Tone:
 
 
 def _window(
-    view: View, crop_px: int | None, operations: tuple[tuple[str, float], ...], u_row: float, u_col: float
+    tile: View | Outline,
+    crop_px: int | None,
+    operations: tuple[tuple[str, float], ...],
+    u_row: float,
+    u_col: float,
 ) -> tuple[int, int, int, int] | None:
     if crop_px is None:
         return None
-    rows, cols = view.rgb.shape[:2]
+    rows, cols = tile.size
     if crop_px > rows or crop_px > cols:
         raise UserError(
-            f"{view.key}: the crop is {crop_px} px, larger than the tile of {rows} x {cols} px; "
+            f"{tile.key}: the crop is {crop_px} px, larger than the tile of {rows} x {cols} px; "
             f"choose a crop of at most {min(rows, cols)} px"
         )
     back = np.abs(linear_part(operations))

@@ -14,6 +14,9 @@ from typing import Literal
 
 Preset = Literal["none", "dihedral", "benchmark", "strong", "faithful"]
 
+MAX_FACTOR = 10.0
+"""Heights are raised by at most this: beyond it a mix-up of arguments is likelier than a wish."""
+
 OPERATIONS = ("quarter", "rotate", "flip_x", "flip_y", "transpose", "zoom")
 """Operations that `order` orders; heights are raised before all of them, crop and tone come last."""
 
@@ -82,9 +85,9 @@ class AugmentRecipe:
                 raise ValueError(
                     f"{field.name} is {value}; it must be between 0 and {_STRENGTHS[field.name]:g}"
                 )
-        if not (math.isfinite(settings.heights_max_factor) and settings.heights_max_factor >= 1):
+        if not 1 <= settings.heights_max_factor <= MAX_FACTOR:
             raise ValueError(
-                f"heights_max_factor is {settings.heights_max_factor}; it must be finite and >= 1"
+                f"heights_max_factor is {settings.heights_max_factor}; it must be between 1 and {MAX_FACTOR:g}"
             )
         if not settings.heights_tallest_m > 0:
             raise ValueError(f"heights_tallest_m is {settings.heights_tallest_m}; it must be above 0")

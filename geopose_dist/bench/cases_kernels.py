@@ -202,7 +202,7 @@ def bench_augment(repeats: int) -> list[Row]:
 
 def _checked_augment() -> bool:
     """One call of `apply` with everything on equals the twins' composition of the same map."""
-    from geopose_dist.augment.apply import _map
+    from geopose_dist.augment.window import map_of
     from geopose_dist.kernels import reference
 
     view, drawn = _same_small(4)
@@ -212,7 +212,7 @@ def _checked_augment() -> bool:
     per_m = SCALE_PX_PER_M * (drawn.heights - 1)
     shift = reference.invert_flow(view.agl_m, per_m, ANGLE_RAD, facade_px_per_px=drawn.heights - 1)
     raised = kernels.Raised(shift, ANGLE_RAD, drawn.heights / per_m)
-    matrix, size = _map(view, drawn)
+    matrix, size = map_of(view.size, drawn)
     rgb, agl_m, _ = reference.gather(view.rgb, view.agl_m, matrix, size, raised)
     assert found.agl_m is not None
     assert agl_m is not None

@@ -53,8 +53,11 @@ class Deferred:
 
     Attributes:
         size: rows and columns of the result.
-        matrix: output (row, column, 1) to the place (row, column) in the part shipped: two rows of three numbers.
+        matrix: output (row, column, 1) to the place (row, column) in the tile: two rows of three numbers.
         part: rows and columns of the part shipped; a batch pads all parts to one size.
+        origin: row and column of the tile that the part begins with: places count from the tile's corner, so that
+            they round alike whatever is shipped.
+        tile: rows and columns of the tile.
         raising: heights to be raised first, if any.
         toning: colours to be changed last, if any.
     """
@@ -62,5 +65,7 @@ class Deferred:
     size: tuple[int, int]
     matrix: tuple[tuple[float, float, float], tuple[float, float, float]]
     part: tuple[int, int]
+    origin: tuple[int, int]
+    tile: tuple[int, int]
     raising: Raising | None = None
     toning: Toning | None = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,8 @@ class TileFacts:
         scale_px_per_m: flow pixels per metre of height, of the pixels stored; None for unlabelled tiles.
         angle_rad: flow direction in [0, 2 pi); None for unlabelled tiles.
         size: rows and columns of the pixels stored.
+        tallest_m: tallest known height, 0 if none is known; None without heights, and in shards of before it was told.
+        unknown_px: how many heights are unknown; told together with `tallest_m`.
     """
 
     city: str
@@ -44,10 +46,14 @@ class TileFacts:
     scale_px_per_m: float | None
     angle_rad: float | None
     size: tuple[int, int]
+    tallest_m: float | None = None
+    unknown_px: int | None = None
 
     def to_json(self) -> bytes:
         """UTF-8 JSON with sorted keys: the same facts give the same bytes."""
         facts = dict(self.__dict__, size=list(self.size))
+        if self.tallest_m is None:
+            del facts["tallest_m"], facts["unknown_px"]
         return json.dumps(facts, sort_keys=True, allow_nan=False).encode()
 
     @classmethod
@@ -63,6 +69,8 @@ class TileFacts:
                 scale_px_per_m=_optional(float, facts.get("scale_px_per_m")),
                 angle_rad=_optional(float, facts.get("angle_rad")),
                 size=(rows, columns),
+                tallest_m=_optional(float, facts.get("tallest_m")),
+                unknown_px=_optional(int, facts.get("unknown_px")),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
@@ -76,11 +84,65 @@ class TileFacts:
             raise UserError(f"{where}: gsd_m, scale_px_per_m or angle_rad is not usable: {data[:300]!r}")
         if not all(0 < side <= MAX_SIDE_PX for side in parsed.size):
             raise UserError(f"{where}: size {parsed.size} is outside 1 .. {MAX_SIDE_PX}")
+        if parsed.tallest_m is not None and not (math.isfinite(parsed.tallest_m) and parsed.tallest_m >= 0):
+            raise UserError(f"{where}: tallest_m is {parsed.tallest_m}; wanted a finite number of at least 0")
+        if (parsed.tallest_m is None) != (parsed.unknown_px is None):
+            raise UserError(f"{where}: tallest_m and unknown_px are told together or not at all; pack again")
         return parsed
 
 
 def _optional(kind: type, value: Any) -> Any:
     return None if value is None else kind(value)
+
+
+class Window(NamedTuple):
+    """A rectangle of a tile: its first row and column, and how many of each."""
+
+    row: int
+    col: int
+    rows: int
+    cols: int
+
+    @property
+    def slices(self) -> tuple[slice, slice]:
+        """To cut it out of an array of the tile."""
+        return slice(self.row, self.row + self.rows), slice(self.col, self.col + self.cols)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a tile before its pixels are decoded, and all that drawing its augmentation takes.
+
+    Attributes:
+        key: name of the tile.
+        size: rows and columns.
+        has_heights: whether it has height labels.
+        pose: angle, scale and GSD, or None.
+        tallest_m: tallest known height; 0 without one.
+        all_known: whether no height is unknown.
+    """
+
+    key: str
+    size: tuple[int, int]
+    has_heights: bool
+    pose: Pose | None
+    tallest_m: float
+    all_known: bool
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which part of a tile a view holds, if it does not hold all of it.
+
+    Attributes:
+        window: where in the tile the view's pixels lie.
+        size: rows and columns of the tile.
+        tallest_m: tallest known height of the tile, not only of the part.
+    """
+
+    window: Window
+    size: tuple[int, int]
+    tallest_m: float
 
 
 @dataclass(frozen=True)
@@ -98,6 +160,7 @@ class View:
         inside: bool [H, W], False where augmentation left padding instead of image; None = all inside.
         place: see `TileFacts`.
         deferred: augmentation left to the device: pixels are those before it, labels those after.
+        part: where in its tile a view lies that was read for one crop; None = the pixels are the whole tile.
     """
 
     key: str
@@ -110,6 +173,30 @@ class View:
     inside: npt.NDArray[np.bool_] | None = None
     place: str | None = None
     deferred: Deferred | None = None
+    part: Part | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and columns of the tile."""
+        return self.rgb.shape[:2] if self.part is None else self.part.size
+
+    @property
+    def has_heights(self) -> bool:
+        """Whether there are height labels."""
+        return self.agl_m is not None
+
+    @property
+    def tallest_m(self) -> float:
+        """Tallest known height of the tile; 0 without one."""
+        if self.part is not None:
+            return self.part.tallest_m
+        # Of NaN and a number, fmax gives the number.
+        return 0.0 if self.agl_m is None else float(np.fmax(np.fmax.reduce(self.agl_m, axis=None), 0))
+
+    @property
+    def all_known(self) -> bool:
+        """Whether no height is unknown."""
+        return self.agl_m is not None and bool(np.isfinite(self.agl_m).all())
 
     @property
     def pose(self) -> Pose | None:

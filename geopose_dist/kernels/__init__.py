@@ -28,6 +28,8 @@ BLOCK = 16
 """Side of the blocks whose tallest surface tells lines of sight what to skip."""
 MAX_SIDE = 32767
 """Pixels per side at most: the splat numbers pixels in 31 bits."""
+MAX_SHIFT_PX = 4.0 * MAX_SIDE
+"""Surfaces are moved by at most this: more leaves every tile, and float32 could not solve for a crossing."""
 
 _NO_AGL = np.zeros((1, 1), np.float32)
 
@@ -74,6 +76,21 @@ def _check_pose(scale_px_per_m: float, angle_rad: float) -> tuple[float, float, 
     return scale, y, x
 
 
+def _check_part(
+    array: npt.NDArray[np.generic], name: str, origin: tuple[int, int], tile_size: tuple[int, int] | None
+) -> npt.NDArray[np.intp]:
+    """[first row, first column, rows, columns of the tile], or ValueError if `array` cannot lie there."""
+    ends = [int(first) + side for first, side in zip(origin, array.shape[:2], strict=True)]
+    whole = ends if tile_size is None else [int(side) for side in tile_size]
+    if min(origin) < 0 or any(end > side for end, side in zip(ends, whole, strict=True)):
+        raise ValueError(
+            f"origin is {tuple(origin)} with {name} of {array.shape[:2]}; wanted a part of the tile of {tuple(whole)}"
+        )
+    if max(whole) > MAX_SIDE:
+        raise ValueError(f"tile_size is {tuple(whole)}; wanted sides of at most {MAX_SIDE}")
+    return np.array([*origin, *whole], np.intp)
+
+
 def check_tile(rgb: U8, agl_m: F32, scale_px_per_m: float, angle_rad: float) -> None:
     """ValueError unless these are a tile and its pose: uint8 [H, W, 3], float32 [H, W], usable numbers."""
     _check_plane(agl_m, "agl_m", _check_rgb(rgb))
@@ -105,7 +122,12 @@ def rectify(rgb: U8, agl_m: F32, scale_px_per_m: float, angle_rad: float) -> tup
 
 
 def invert_flow(
-    agl_m: F32, px_per_m: float, angle_rad: float, *, facade_px_per_px: float | None = None
+    agl_m: F32,
+    px_per_m: float,
+    angle_rad: float,
+    *,
+    facade_px_per_px: float | None = None,
+    origin: tuple[int, int] = (0, 0),
 ) -> F32:
     """Shift of the surface seen at each pixel after every surface moved AGAINST the flow.
 
@@ -119,6 +141,8 @@ def invert_flow(
         angle_rad: flow direction.
         facade_px_per_px: how fast the shift falls along a facade hidden in an unknown stretch (f - 1 when
             raising by f); None: at once, a roof ends where the unknown begins.
+        origin: row and column of the tile that agl_m begins with, if it is a part of a tile: its pixels look
+            along the same lines, so shifts are those of the whole tile wherever the part holds all that is met.
 
     Returns:
         float32 [H, W] pixels >= 0; NaN where the line of sight leaves the tile.
@@ -126,6 +150,7 @@ def invert_flow(
     agl_m = _check_plane(agl_m, "agl_m")
     per_m = _check_number(px_per_m, "px_per_m", "a finite number >= 0", 0.0, low_allowed=True)
     _, dir_y, dir_x = _check_pose(1.0, angle_rad)
+    first = _check_part(agl_m, "agl_m", origin, None)
     drop = (
         1e30
         if facade_px_per_px is None
@@ -136,18 +161,18 @@ def invert_flow(
     column = np.zeros(agl_m.shape[1], np.float32)
     if _sight.shifts(agl_m, shift, blocks, column, per_m):
         step = 1 / max(abs(dir_y), abs(dir_x))
-        _sight.fill_unknown(agl_m, shift, np.empty((2, *agl_m.shape), np.float32), dir_y, dir_x, drop * step)
+        before = np.empty((2, *agl_m.shape), np.float32)
+        _sight.fill_unknown(agl_m, shift, before, dir_y, dir_x, drop * step, first[0], first[1])
         _sight.block_tallest(shift, blocks, column)
     tallest = float(blocks.max())
     if tallest == 0:
         return shift
-    if tallest > 4 * max(agl_m.shape):
-        # Nothing so tall can be met from farther than the tile's sides; this keeps the tables of steps small.
-        np.minimum(shift, np.float32(4 * max(agl_m.shape)), out=shift)
+    if tallest > MAX_SHIFT_PX:
+        np.minimum(shift, np.float32(MAX_SHIFT_PX), out=shift)
         _sight.block_tallest(shift, blocks, column)
-        tallest = float(blocks.max())
     out = np.empty_like(agl_m)
-    _sight.follow(shift, blocks, out, dir_y, dir_x, tallest)
+    # Nothing can be met from farther than the tile's sides; this keeps the tables of steps small.
+    _sight.follow(shift, blocks, out, dir_y, dir_x, min(tallest, 2.0 * max(agl_m.shape)))
     return out
 
 
@@ -173,6 +198,9 @@ def gather(
     size: tuple[int, int],
     raised: Raised | None = None,
     fill: tuple[int, int, int] = (0, 0, 0),
+    *,
+    origin: tuple[int, int] = (0, 0),
+    tile_size: tuple[int, int] | None = None,
 ) -> tuple[U8, F32 | None, Mask | None]:
     """Resample a tile once.
 
@@ -183,6 +211,10 @@ def gather(
         size: rows and columns of the output.
         raised: heights to raise on the way.
         fill: colour outside the tile.
+        origin: row and column of the tile that rgb begins with, if it is a part of a tile.
+        tile_size: rows and columns of that tile; None = rgb is all of it. Places stay those of the tile, and a
+            part that holds every pixel that is read gives the bytes of the whole. What it lacks reads as its
+            nearest pixel: it is for the caller to cut wide enough.
 
     Returns:
         (rgb uint8 [rows, cols, 3], agl_m float32 [rows, cols] or None with NaN outside, inside bool
@@ -196,8 +228,11 @@ def gather(
     rows, cols = (int(side) for side in size)
     if not (1 <= rows <= MAX_SIDE and 1 <= cols <= MAX_SIDE):
         raise ValueError(f"size is {size}; wanted sides of 1 to {MAX_SIDE}")
+    part = _check_part(rgb, "rgb", origin, tile_size)
     if raised is None:
-        turned = _turn(rgb, None if agl_m is None else agl, m, (rows, cols))
+        turned = _turn(
+            rgb, None if agl_m is None else agl, m - [[0, 0, part[0]], [0, 0, part[1]]], (rows, cols)
+        )
         if turned is not None:
             return *turned, None
     shift, dir_y, dir_x, per_shift = _NO_AGL, 0.0, 0.0, 0.0
@@ -210,7 +245,7 @@ def gather(
     inside = np.empty((rows, cols), np.uint8)
     outside = _gather.gather(
         _at_least_2(rgb), _at_least_2(agl), agl_m is not None, _at_least_2(shift), raised is not None, dir_y, dir_x,
-        per_shift, m.reshape(6), rgb.shape[0], rgb.shape[1], np.array(fill, np.uint8),
+        per_shift, m.reshape(6), rgb.shape[0], rgb.shape[1], part, np.array(fill, np.uint8),
         out_rgb, out_agl, inside,
     )  # fmt: skip
     return out_rgb, out_agl if agl_m is not None else None, inside.view(np.bool_) if outside else None

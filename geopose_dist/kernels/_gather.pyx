@@ -33,31 +33,37 @@ cdef extern from *:
     typedef struct {
         double y0, x0;         /* place of column 0 of this output row */
         double dy, dx;         /* what the next column adds */
-        double last_y, last_x; /* last row and column of the tile */
+        double end_y, end_x;   /* last row and column of the tile */
+        double low_y, low_x;   /* first row and column of the part of it that the arrays hold */
+        double last_y, last_x; /* last row and column of that part */
         int rows, cols;        /* of the arrays, at least 2 each */
     } gp_line;
 
     /* Places of one output row, moved by shift along (dir_y, dir_x): at[i] = element of the upper left of
        the four neighbours or -1 outside, their weights, two 16-bit numbers each that sum to 128, and near[i] =
        the nearest of the four (of equals the later) or -1. Half a pixel around the outermost centres still is
-       image. NaN compares as outside. */
+       image. NaN compares as outside. Places count from the tile's corner whatever part of it is here, so that
+       a part gives the bytes of the whole; what it lacks reads as its nearest pixel, never outside its memory. */
     GP_CLONES static void gp_places(const gp_line *line, const float *restrict shift, double dir_y, double dir_x,
                                     int n, int32_t *restrict at, int32_t *restrict wx, int32_t *restrict wy,
                                     int32_t *restrict near) {
-        const double last_y = line->last_y, last_x = line->last_x;
+        const double last_y = line->last_y, last_x = line->last_x, low_y = line->low_y, low_x = line->low_x;
         const double y0 = line->y0, x0 = line->x0, dy = line->dy, dx = line->dx;
-        const int most_y = line->rows - 2, most_x = line->cols - 2, cols = line->cols;
+        const double edge_y = line->end_y + 0.5, edge_x = line->end_x + 0.5;
+        const int cols = line->cols, most_y = (int)low_y + line->rows - 2, most_x = (int)low_x + cols - 2;
+        const int base = (int)low_y * cols + (int)low_x;
         for (int i = 0; i < n; i++) {
             double y = y0 + dy * i + dir_y * shift[i], x = x0 + dx * i + dir_x * shift[i];
-            int in = (y >= -0.5) & (y < last_y + 0.5) & (x >= -0.5) & (x < last_x + 0.5);
-            y = y > 0 ? y : 0; y = y < last_y ? y : last_y;
-            x = x > 0 ? x : 0; x = x < last_x ? x : last_x;
+            int in = (y >= -0.5) & (y < edge_y) & (x >= -0.5) & (x < edge_x);
+            y = y > low_y ? y : low_y; y = y < last_y ? y : last_y;
+            x = x > low_x ? x : low_x; x = x < last_x ? x : last_x;
             int iy = (int)y, ix = (int)x;
             iy = iy < most_y ? iy : most_y;
             ix = ix < most_x ? ix : most_x;
             int fy = (int)((y - iy) * 128.0 + 0.5), fx = (int)((x - ix) * 128.0 + 0.5);
-            at[i] = (iy * cols + ix) | -(1 - in);
-            near[i] = (iy * cols + ix + (fy >> 6 ? cols : 0) + (fx >> 6 ? 1 : 0)) | -(1 - in);
+            int here = iy * cols + ix - base;
+            at[i] = here | -(1 - in);
+            near[i] = (here + (fy >> 6 ? cols : 0) + (fx >> 6 ? 1 : 0)) | -(1 - in);
             wy[i] = (128 - fy) | (fy << 16);
             wx[i] = (128 - fx) | (fx << 16);
         }
@@ -76,10 +82,12 @@ cdef extern from *:
     }
 
     static int gp_cut_out(const float *shift, const gp_line *line, int n, float *moved) {
-        if (line->dy != 0 || line->dx != 1 || line->y0 < 0 || line->y0 > line->last_y || line->x0 < 0
-            || line->x0 + (n - 1) > line->last_x || line->y0 != floor(line->y0) || line->x0 != floor(line->x0))
+        if (line->dy != 0 || line->dx != 1 || line->y0 != floor(line->y0) || line->x0 != floor(line->x0)
+            || line->y0 < line->low_y || line->y0 > line->last_y || line->x0 < line->low_x
+            || line->x0 + (n - 1) > line->last_x)
             return 0;
-        memcpy(moved, shift + (Py_ssize_t)line->y0 * line->cols + (Py_ssize_t)line->x0, n * sizeof(float));
+        const Py_ssize_t row = (Py_ssize_t)(line->y0 - line->low_y), col = (Py_ssize_t)(line->x0 - line->low_x);
+        memcpy(moved, shift + row * line->cols + col, n * sizeof(float));
         return 1;
     }
 
@@ -181,7 +189,7 @@ cdef extern from *:
     static void gp_span(const gp_line *line, int n, int *first, int *last) {
         double from = 0, to = n;
         const double start[2] = {line->y0, line->x0}, step[2] = {line->dy, line->dx};
-        const double most[2] = {line->last_y + 0.5, line->last_x + 0.5};
+        const double most[2] = {line->end_y + 0.5, line->end_x + 0.5};
         for (int axis = 0; axis < 2; axis++) {
             if (step[axis] == 0) {
                 if (!(start[axis] >= -0.5 && start[axis] < most[axis]))
@@ -267,7 +275,7 @@ cdef extern from *:
     }
     """
     ctypedef struct gp_line:
-        double y0, x0, dy, dx, last_y, last_x
+        double y0, x0, dy, dx, end_y, end_x, low_y, low_x, last_y, last_x
         int rows, cols
     void gp_places(const gp_line *line, const float *shift, double dir_y, double dir_x, int n,
                    int32_t *at, int32_t *wx, int32_t *wy, int32_t *near) noexcept nogil
@@ -290,13 +298,14 @@ cdef enum:
 
 def gather(const uint8_t[:, :, ::1] rgb, const float[:, ::1] agl_m, bint has_agl,
            const float[:, ::1] shift, bint raised, double dir_y, double dir_x, double agl_per_shift,
-           const double[::1] matrix, Py_ssize_t rows, Py_ssize_t cols, const uint8_t[::1] fill,
-           uint8_t[:, :, ::1] out_rgb, float[:, ::1] out_agl, uint8_t[:, ::1] inside):
+           const double[::1] matrix, Py_ssize_t rows, Py_ssize_t cols, const Py_ssize_t[::1] part,
+           const uint8_t[::1] fill, uint8_t[:, :, ::1] out_rgb, float[:, ::1] out_agl, uint8_t[:, ::1] inside):
     """Fill the outputs; `matrix` maps output (r, c) to the place (m0 r + m1 c + m2, m3 r + m4 c + m5).
 
-    The tile has `rows` and `cols`, its arrays at least 2 of each (a single one is repeated). Returns the number
-    of pixels outside. Output goes by blocks of 64 rows, which in a turned tile are cut into strips of columns, so
-    that what is read and written meanwhile stays in the cache and in the table of pages.
+    The arrays hold `rows` and `cols` of the tile, or at least 2 of each (a single one is repeated); `part` is
+    the first row and column of these, and rows and columns of the tile. Returns the number of pixels outside.
+    Output goes by blocks of 64 rows, which in a turned tile are cut into strips of columns, so that what is read
+    and written meanwhile stays in the cache and in the table of pages.
     """
     cdef Py_ssize_t out_rows = out_rgb.shape[0], out_cols = out_rgb.shape[1], r, c, top, left
     cdef Py_ssize_t outside = 0, strip = BLOCK_COLS
@@ -311,8 +320,12 @@ def gather(const uint8_t[:, :, ::1] rgb, const float[:, ::1] agl_m, bint has_agl
     cdef gp_line line
     line.rows = <int>rgb.shape[0]
     line.cols = <int>rgb.shape[1]
-    line.last_y = rows - 1
-    line.last_x = cols - 1
+    line.low_y = part[0]
+    line.low_x = part[1]
+    line.last_y = part[0] + rows - 1
+    line.last_x = part[1] + cols - 1
+    line.end_y = part[2] - 1
+    line.end_x = part[3] - 1
     line.dy = matrix[1]
     line.dx = matrix[4]
     # The wider a strip, the better for prefetching; but a strip's slant through the tile must fit the cache.

@@ -167,13 +167,14 @@ def block_tallest(const float[:, ::1] shift, float[:, ::1] blocks, float[::1] co
 
 
 def fill_unknown(const float[:, ::1] agl_m, float[:, ::1] shift, float[:, :, ::1] before,
-                 double dir_y, double dir_x, double drop):
+                 double dir_y, double dir_x, double drop, Py_ssize_t row, Py_ssize_t col):
     """Give `shift` a value to stand on where `agl_m` is not finite, in place.
 
     Along the line of sight, an unknown stretch between a known L before it and a known R behind it becomes
     max(min(L, R), L - drop * steps): a facade comes down from a roof by `drop` pixels of shift per step
     and reaches the ground behind it, and before a roof's far edge there is ground. At the tile's edge the one
-    known neighbour counts; a line without any counts as ground (0). `before` [2, rows, cols] is scratch.
+    known neighbour counts; a line without any counts as ground (0). `before` [2, rows, cols] is scratch. Lines
+    are those of the tile, of which `row` and `col` come first here.
     """
     cdef Py_ssize_t rows = shift.shape[0], cols = shift.shape[1]
     cdef bint down = (dir_y if dir_y >= 0 else -dir_y) >= (dir_x if dir_x >= 0 else -dir_x)
@@ -193,10 +194,10 @@ def fill_unknown(const float[:, ::1] agl_m, float[:, ::1] shift, float[:, :, ::1
                     known = ramp = NAN
                     if down:
                         py = y - sy
-                        px = x + nearest(slope * py) - nearest(slope * y)
+                        px = x + nearest(slope * (py + row)) - nearest(slope * (y + row))
                     else:
                         px = x - sx
-                        py = y + nearest(slope * px) - nearest(slope * x)
+                        py = y + nearest(slope * (px + col)) - nearest(slope * (x + col))
                     if 0 <= py < rows and 0 <= px < cols:
                         known = before[0, py, px]
                         ramp = before[1, py, px] - dropf
@@ -212,10 +213,10 @@ def fill_unknown(const float[:, ::1] agl_m, float[:, ::1] shift, float[:, :, ::1
                 shift[y, x] = NAN
                 if down:
                     py = y + sy
-                    px = x + nearest(slope * py) - nearest(slope * y)
+                    px = x + nearest(slope * (py + row)) - nearest(slope * (y + row))
                 else:
                     px = x + sx
-                    py = y + nearest(slope * px) - nearest(slope * x)
+                    py = y + nearest(slope * (px + col)) - nearest(slope * (x + col))
                 if 0 <= py < rows and 0 <= px < cols:
                     shift[y, x] = shift[py, px]
         for y in range(rows):
@@ -260,7 +261,7 @@ def follow(const float[:, ::1] shift, const float[:, ::1] blocks, float[:, ::1] 
            double dir_y, double dir_x, double tallest):
     """out = shift of the surface seen at each pixel after the move; NaN where the line leaves the tile.
 
-    `shift` is finite and >= 0, `blocks` its `block_tallest`, `tallest` its maximum.
+    `shift` is finite and >= 0, `blocks` its `block_tallest`, `tallest` its maximum, or what leaves the tile.
     """
     cdef Py_ssize_t cols = shift.shape[1], k
     cdef double length = step_length(dir_y, dir_x)

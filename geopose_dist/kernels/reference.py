@@ -7,12 +7,13 @@ it loops over pixels or steps and is thousands of times slower. Where a kernel c
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from geopose_dist.geometry import F32, direction
-from geopose_dist.kernels import U8, Mask, Raised
+from geopose_dist.kernels import MAX_SHIFT_PX, U8, Mask, Raised
 
 
 def _half_up(value: float) -> int:
@@ -62,7 +63,12 @@ def rectify(rgb: U8, agl_m: F32, scale_px_per_m: float, angle_rad: float) -> tup
 
 
 def invert_flow(
-    agl_m: F32, px_per_m: float, angle_rad: float, *, facade_px_per_px: float | None = None
+    agl_m: F32,
+    px_per_m: float,
+    angle_rad: float,
+    *,
+    facade_px_per_px: float | None = None,
+    origin: tuple[int, int] = (0, 0),
 ) -> F32:
     """Twin of `kernels.invert_flow`: walk every pixel's line of sight from far to near until it meets a surface."""
     dir_x, dir_y = direction(angle_rad)
@@ -70,10 +76,10 @@ def invert_flow(
     with np.errstate(invalid="ignore", over="ignore"):
         shift = np.maximum(agl_m * np.float32(px_per_m), np.float32(0))
     drop = 1e30 if facade_px_per_px is None else facade_px_per_px * length
-    shift = _filled(shift, np.isfinite(agl_m), dir_y, dir_x, np.float32(drop))
-    shift = np.minimum(shift, np.float32(4 * max(shift.shape)))
+    shift = _filled(shift, np.isfinite(agl_m), dir_y, dir_x, np.float32(drop), origin)
+    shift = np.minimum(shift, np.float32(MAX_SHIFT_PX))
     out = np.full_like(shift, np.nan)
-    reach = int(float(shift.max()) / length) + 2
+    reach = min(int(float(shift.max()) / length), 2 * max(shift.shape)) + 2
     steps = [(_half_up(k * length * dir_y), _half_up(k * length * dir_x)) for k in range(reach + 2)]
     for row, col in np.ndindex(shift.shape):
         for k in range(reach, -1, -1):
@@ -91,16 +97,19 @@ def invert_flow(
     return out
 
 
-def _filled(shift: F32, known: Mask, dir_y: float, dir_x: float, drop: np.float32) -> F32:
+def _filled(
+    shift: F32, known: Mask, dir_y: float, dir_x: float, drop: np.float32, origin: tuple[int, int] = (0, 0)
+) -> F32:
     """`shift` with its unknown stretches filled line by line, as `_sight.fill_unknown` says."""
     down = abs(dir_y) >= abs(dir_x)
     slope = dir_x / dir_y if down else dir_y / dir_x
     ahead = 1 if (dir_y if down else dir_x) >= 0 else -1
 
     def along(row: int, col: int, step: int) -> tuple[int, int]:
+        y, x = row + origin[0], col + origin[1]
         if down:
-            return row + step, col + _half_up(slope * (row + step)) - _half_up(slope * row)
-        return row + _half_up(slope * (col + step)) - _half_up(slope * col), col + step
+            return row + step, col + _half_up(slope * (y + step)) - _half_up(slope * y)
+        return row + _half_up(slope * (x + step)) - _half_up(slope * x), col + step
 
     def look(row: int, col: int, step: int) -> tuple[float, int]:
         """The next known shift that way (NaN for none) and how many steps off it is."""
@@ -135,8 +144,13 @@ def gather(
     size: tuple[int, int],
     raised: Raised | None = None,
     fill: tuple[int, int, int] = (0, 0, 0),
+    *,
+    origin: tuple[int, int] = (0, 0),
+    tile_size: tuple[int, int] | None = None,
 ) -> tuple[U8, F32 | None, Mask | None]:
-    """Twin of `kernels.gather`: one pixel at a time, whole-number weights of 1/128."""
+    """Twin of `kernels.gather`: one pixel at a time, whole-number weights of 1/128; a part is padded to its tile."""
+    if tile_size is not None:
+        rgb, agl_m, raised = _whole(rgb, agl_m, raised, origin, tile_size)
     rows, cols = rgb.shape[:2]
     out_rgb = np.empty((*size, 3), np.uint8)
     out_rgb[:] = fill
@@ -163,6 +177,19 @@ def gather(
         if agl_m is not None and math.isfinite(agl_m[nearest]):
             out_agl[row, col] = agl_m[nearest] if raised is None else shift * np.float32(raised.agl_per_shift)
     return out_rgb, None if agl_m is None else out_agl, None if inside.all() else inside
+
+
+def _whole(
+    rgb: U8, agl_m: F32 | None, raised: Raised | None, origin: tuple[int, int], size: tuple[int, int]
+) -> tuple[U8, F32 | None, Raised | None]:
+    """A tile of `size` from a part of it, whose outermost pixels are repeated."""
+    around = [
+        (first, whole - first - part) for first, part, whole in zip(origin, rgb.shape, size, strict=False)
+    ]
+    if raised is not None:
+        raised = replace(raised, shift_px=np.pad(raised.shift_px, around, mode="edge"))
+    agl_m = None if agl_m is None else np.pad(agl_m, around, mode="edge")
+    return np.pad(rgb, [*around, (0, 0)], mode="edge"), agl_m, raised
 
 
 def _neighbours(

@@ -30,7 +30,8 @@ def finish(batch: Batch) -> Batch:
         return batch
     deferred, agl_cm = batch.deferred, batch.agl_cm[:, 0].to(torch.int32)
     row, col = _places(deferred, agl_cm.device)
-    limits = _numbers([one.part for one in deferred], agl_cm.device, torch.float64)[:, :, None, None]
+    sides = [(*one.tile, *one.origin, *one.part) for one in deferred]
+    limits = _numbers(sides, agl_cm.device, torch.float64)[:, :, None, None]
     moved = _moved(deferred, agl_cm, row, col, limits)
     if moved is not None:
         ways = [(0.0, 0.0) if d.raising is None else direction(d.raising.angle_rad) for d in deferred]
@@ -53,7 +54,7 @@ def _numbers(values: object, device: torch.device, dtype: torch.dtype) -> Tensor
 
 
 def _places(deferred: list[Deferred], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(row, column) in its part for every output pixel, each float64 [B, h, w]."""
+    """(row, column) in its tile for every output pixel, each float64 [B, h, w]."""
     rows, cols = deferred[0].size
     m = _numbers([one.matrix for one in deferred], device, torch.float64)[..., None, None]
     down = torch.arange(rows, dtype=torch.float64, device=device)[:, None]
@@ -63,11 +64,14 @@ def _places(deferred: list[Deferred], device: torch.device) -> tuple[Tensor, Ten
 
 
 def _inside(row: Tensor, col: Tensor, limits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Places kept to the part, and which were outside it; half a pixel around it still is image, NaN is not."""
-    high, wide = limits[:, 0], limits[:, 1]
+    """Places kept to the part, and which were outside the tile; half a pixel around it still is image, NaN is not.
+
+    `limits` [B, 6, 1, 1]: rows and columns of the tile, first of the part, and how many of the part.
+    """
+    high, wide, top, left, rows, cols = limits.unbind(1)
     within = (row >= -0.5) & (row < high - 0.5) & (col >= -0.5) & (col < wide - 0.5)
-    row_at = torch.minimum(row.nan_to_num(0.0).clamp(min=0), high - 1)
-    col_at = torch.minimum(col.nan_to_num(0.0).clamp(min=0), wide - 1)
+    row_at = torch.minimum(torch.maximum(row.nan_to_num(0.0), top), top + rows - 1)
+    col_at = torch.minimum(torch.maximum(col.nan_to_num(0.0), left), left + cols - 1)
     return row_at, col_at, ~within
 
 
@@ -76,7 +80,7 @@ class _Pixels:
     """Where each output pixel reads.
 
     Attributes:
-        top, left, bottom, right: rows and columns of its four neighbours, int64 [B, h, w].
+        top, left, bottom, right: rows and columns of its four neighbours in the part, int64 [B, h, w].
         down, across: weights of bottom and right, of 128, int32 [B, h, w].
     """
 
@@ -91,10 +95,11 @@ class _Pixels:
     def at(cls, row: Tensor, col: Tensor, limits: Tensor) -> _Pixels:
         """The neighbours of places inside their parts."""
         sides = []
-        for place, limit in ((row, limits[:, 0]), (col, limits[:, 1])):
+        for place, start, count in ((row, limits[:, 2], limits[:, 4]), (col, limits[:, 3], limits[:, 5])):
             first = place.floor()
             weight = ((place - first) * 128 + 0.5).floor().to(torch.int32)
-            sides.append((first.long(), torch.minimum(first + 1, limit - 1).long(), weight))
+            first = first - start
+            sides.append((first.long(), torch.minimum(first + 1, count - 1).long(), weight))
         (top, bottom, down), (left, right, across) = sides
         return cls(top, left, bottom, right, down, across)
 
@@ -119,7 +124,7 @@ def _moved(
     moved = torch.zeros_like(row, dtype=torch.float32)
     for i, one in enumerate(deferred):
         if one.raising is not None:
-            shift = _shift(agl_cm[i, : one.part[0], : one.part[1]], one.raising)
+            shift = _shift(agl_cm[i, : one.part[0], : one.part[1]], one.raising, one.origin)
             its = limits[i : i + 1]
             row_at, col_at, outside = _inside(row[i : i + 1], col[i : i + 1], its)
             near = _Pixels.at(row_at, col_at, its).nearest
@@ -127,11 +132,11 @@ def _moved(
     return moved
 
 
-def _shift(agl_cm: Tensor, raising: Raising) -> Tensor:
+def _shift(agl_cm: Tensor, raising: Raising, origin: tuple[int, int]) -> Tensor:
     """Shift of the surface seen at each pixel of a part after its heights were raised."""
     agl_m = (agl_cm / 100).masked_fill(agl_cm >= OUTSIDE_CM, math.nan)
     return invert_flow(
-        agl_m, raising.px_per_m, raising.angle_rad, raising.facade_px_per_px, raising.tallest_m
+        agl_m, raising.px_per_m, raising.angle_rad, raising.facade_px_per_px, raising.tallest_m, origin
     )
 
 

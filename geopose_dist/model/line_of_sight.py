@@ -14,10 +14,16 @@ import torch
 from torch import Tensor
 
 from geopose_dist.geometry import direction
+from geopose_dist.kernels import MAX_SHIFT_PX
 
 
 def invert_flow(
-    agl_m: Tensor, px_per_m: float, angle_rad: float, facade_px_per_px: float, tallest_m: float
+    agl_m: Tensor,
+    px_per_m: float,
+    angle_rad: float,
+    facade_px_per_px: float,
+    tallest_m: float,
+    origin: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """Shift of the surface seen at each pixel after every surface moved against the flow.
 
@@ -27,6 +33,7 @@ def invert_flow(
         angle_rad: flow direction.
         facade_px_per_px: how fast the shift falls along a facade hidden in an unknown stretch.
         tallest_m: no height is above this; known to the host, so that it need not ask.
+        origin: row and column of the tile that agl_m begins with, if it is a part of a tile.
 
     Returns:
         float32 [H, W] pixels >= 0; NaN where the line of sight leaves the tile.
@@ -34,9 +41,9 @@ def invert_flow(
     rows, cols = agl_m.shape
     x, y = direction(angle_rad)
     length = 1 / max(abs(y), abs(x))
-    most_px = 4.0 * max(rows, cols)  # nothing is met from farther away
+    most_px = 2.0 * max(rows, cols)  # nothing is met from farther away
     shift = (agl_m * px_per_m).clamp(min=0)
-    shift = fill_unknown(shift, y, x, facade_px_per_px * length).clamp(max=most_px)
+    shift = fill_unknown(shift, y, x, facade_px_per_px * length, origin).clamp(max=MAX_SHIFT_PX)
     steps = int(min(max(tallest_m, 0.0) * px_per_m, most_px) / length) + 2
     down = [_half_up(k * length * y) for k in range(steps + 2)]
     right = [_half_up(k * length * x) for k in range(steps + 2)]
@@ -66,16 +73,18 @@ def _crossing(shift: Tensor, last: Tensor, along: Tensor, down: Tensor, right: T
     return torch.where(on_tile, met, at_the_edge)
 
 
-def fill_unknown(shift: Tensor, dir_y: float, dir_x: float, drop: float) -> Tensor:
+def fill_unknown(
+    shift: Tensor, dir_y: float, dir_x: float, drop: float, origin: tuple[int, int] = (0, 0)
+) -> Tensor:
     """`shift` [H, W] with its NaN filled along the line of sight as the compiled `_sight.fill_unknown` does.
 
     Between a known L before and a known R behind: max(min(L, R), L - drop * steps); else the one known; else 0.
     """
     if abs(dir_y) < abs(dir_x):
-        return fill_unknown(shift.T, dir_x, dir_y, drop).T
+        return fill_unknown(shift.T, dir_x, dir_y, drop, origin[::-1]).T
     rows, cols = shift.shape
     # Lines become columns: pixel (y, x) stands in column x - moved[y] + most.
-    moved = [_half_up(dir_x / dir_y * row) for row in range(rows)]
+    moved = [_half_up(dir_x / dir_y * (origin[0] + row)) for row in range(rows)]
     lines, most = cols + max(moved) - min(moved), max(moved)
     across = _host(moved, shift)[:, None] - most
     col = torch.arange(lines, device=shift.device) + across
