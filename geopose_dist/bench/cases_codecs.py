@@ -22,8 +22,7 @@ import numpy.typing as npt
 
 from geopose_dist.bench.harness import Row, Timing, pinned, timing
 from geopose_dist.data import codecs, resample
-from geopose_dist.data.reader import Reader
-from geopose_dist.data.reader import open_shards
+from geopose_dist.data.reader import Reader, open_shards
 from geopose_dist.geometry import agl_cm_from_m
 
 TILES = 4

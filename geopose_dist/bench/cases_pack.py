@@ -104,8 +104,7 @@ def check_same(shards: Path, folder: Path) -> None:
     """Both hold the same tiles, and RGB that differs by rounding only: bilinear by half is the mean of four."""
     import tifffile
 
-    from geopose_dist.data.reader import Reader
-    from geopose_dist.data.reader import open_shards
+    from geopose_dist.data.reader import Reader, open_shards
 
     reader = Reader(open_shards(str(shards), "train"))
     for view in map(reader.view, range(len(reader))):
