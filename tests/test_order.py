@@ -85,7 +85,7 @@ def test_mistakes_are_one_sentence_and_exit_2(
     for words, said in (
         (("--shards", shards, "--rank", 3, "--world-size", 3), "rank is 3; wanted 0 to 2"),
         (("--shards", tmp_path / "none"), "manifest.json: not found"),
-        (("--shards", "s3://bucket/x"), "from local folders only"),
+        (("--shards", "pipe:cat /etc/passwd"), "pipe: is refused"),
         ((), "give the folder that `geopose pack` made"),
         (("--shards", shards, "--global-batch", 6, "--micro-batch", 4), "must be a positive multiple"),
         (("--shards", shards, "--order", "blocks"), "wanted full, or block:K"),

@@ -127,7 +127,7 @@ def synchronize() -> None:
 def bench_loader(session: Session) -> TrainLoader:
     """The loader of the session's recipe, endless."""
     recipe, world = session.recipe, session.world
-    shard_set = open_shards(recipe.data.shards, recipe.data.train_split)
+    shard_set = open_shards(recipe.data.shards, recipe.data.train_split, recipe.data.store)
     return train_loader(
         shard_set,
         recipe.data,
@@ -160,7 +160,7 @@ def data_only(session: Session, repeats: int, steps: int) -> tuple[Rates, list[B
         cpu_ms = 1e3 * (sum(map(cpu_s, pids)) - cpu) / tiles
     finally:
         loader.close()
-    shard_set = open_shards(recipe.data.shards, recipe.data.train_split)
+    shard_set = open_shards(recipe.data.shards, recipe.data.train_split, recipe.data.store)
     tiles_per_s = 1 / timing([1 / rate for rate in rates]).median_s
     stored = float(np.mean(shard_set.index["length"]))
     facts = {
@@ -199,7 +199,7 @@ def active_s(pid: int) -> float:
 
 def augment_share(recipe: TrainRecipe) -> float:
     """Share of a sample's CPU time that augmentation takes, on a few samples in this process."""
-    reader = Reader(open_shards(recipe.data.shards, recipe.data.train_split))
+    reader = Reader(open_shards(recipe.data.shards, recipe.data.train_split, recipe.data.store))
     transform = transform_of(recipe.augment, recipe.data.crop_px)
     spent = {"read": 0.0, "augment": 0.0}
     for index in itertools.islice(itertools.cycle(range(len(reader))), SAMPLES_LOOKED_AT):

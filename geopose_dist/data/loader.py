@@ -25,8 +25,16 @@ from geopose_dist.data.manifest import ShardSet
 from geopose_dist.data.plan import Plan
 from geopose_dist.data.reader import Reader, open_shards
 from geopose_dist.data.recipe import DataRecipe
-from geopose_dist.data.samples import Failure, Request, Samples, Transform
-from geopose_dist.data.workers import check_shared_memory, start_server, start_worker, workers_for
+from geopose_dist.data.ring import Ring
+from geopose_dist.data.samples import Failure, Request, Requests, Samples, Transform
+from geopose_dist.data.workers import (
+    check_shared_memory,
+    open_ring,
+    slot_bytes,
+    start_server,
+    start_worker,
+    workers_for,
+)
 from geopose_dist.errors import FinishedWithFailures, UserError
 
 __all__ = [
@@ -40,6 +48,10 @@ __all__ = [
     "to_device",
     "train_loader",
 ]
+
+
+MAX_HELD = 8
+"""Micro-batches that the caller may hold in memory that is used again; more of them get memory of their own."""
 
 
 class LoaderFailure(FinishedWithFailures):
@@ -61,14 +73,20 @@ class TrainLoader:
         workers: int,
         per_step: int,
         steps: int,
+        slot_bytes: int = 0,
     ) -> None:
         self.substitutions: list[Substitution] = []
         self._recipe, self._workers, self._per_step, self._steps = recipe, workers, per_step, steps
+        self._samples, self._requests = samples, _Lending(batches)
+        # What workers prepare, and what the caller holds: this step's batches and the last's.
+        self._slots = recipe.prefetch * workers + min(2 * per_step, MAX_HELD) + 1 if workers else 0
+        self._slot_bytes = slot_bytes
+        check_shared_memory(self._slots, slot_bytes)
         self._iterator: Any = None
         generator = torch.Generator()  # its own, so that building a loader leaves torch's global one alone
         self._loader = DataLoader(
             samples,
-            batch_sampler=batches,
+            batch_sampler=self._requests,
             num_workers=workers,
             collate_fn=_as_is,
             pin_memory=torch.cuda.is_available(),
@@ -93,6 +111,7 @@ class TrainLoader:
     def _start(self) -> Any:
         if self._workers:
             _LIVE.add(self)
+        self._samples.ring = self._requests.ring = open_ring(self._slots, self._slot_bytes)
         return iter(self._loader)
 
     def _next(self) -> Batch:
@@ -109,9 +128,9 @@ class TrainLoader:
         if isinstance(batch, Failure):
             if batch.users:
                 raise UserError(batch.sentence)
-            failure = LoaderFailure(batch.sentence)
-            print(batch.details, file=sys.stderr)
-            raise failure
+            if batch.details:
+                print(batch.details, file=sys.stderr)
+            raise LoaderFailure(batch.sentence)
         self._note(batch.substitutions)
         return batch  # type: ignore[no-any-return]
 
@@ -142,6 +161,7 @@ class TrainLoader:
         if iterator is None or not self._workers:
             return
         _LIVE.discard(self)
+        self._samples.ring = self._requests.ring = None
         iterator._shutdown_workers()
         for worker in iterator._workers:
             if worker.is_alive():
@@ -156,6 +176,23 @@ def _close_all() -> None:
     """Before multiprocessing's own exit handler, which would wait for workers that ignore its SIGTERM."""
     for loader in list(_LIVE):
         loader.close()
+
+
+class _Lending:
+    """Lists of requests, each with a free slot of the ring for its batch, if there is one."""
+
+    def __init__(self, batches: Iterable[list[Request]]) -> None:
+        self.batches = batches
+        self.ring: Ring | None = None
+
+    def __iter__(self) -> Iterator[Requests]:
+        for batch in self.batches:
+            requests = Requests(batch)
+            requests.slot = None if self.ring is None else self.ring.lend()
+            yield requests
+
+    def __len__(self) -> int:
+        return len(self.batches)  # type: ignore[arg-type]
 
 
 class _Requests:
@@ -214,13 +251,15 @@ def train_loader(
     """
     requests = _Requests(plan or plan_of(shard_set, recipe, seed), rank, world_size, start_step, stop_step)
     reader = Reader(shard_set)
+    reader.check_order(plans.parse_order(recipe.order))
     workers = workers_for(recipe)
-    if workers:
-        # A transform that leaves pixels to the device ships more of a tile than the crop.
-        check_shared_memory(reader, recipe, workers, getattr(transform, "ships_px", None))
+    # A transform that leaves pixels to the device ships more of a tile than the crop.
+    slot = (
+        slot_bytes(reader, recipe, recipe.micro_batch, getattr(transform, "ships_px", None)) if workers else 0
+    )
     samples = Samples(reader, recipe, seed, transform)
     steps = max(stop_step - start_step, 0)
-    return TrainLoader(requests, samples, recipe, workers, requests.per_step(), steps)
+    return TrainLoader(requests, samples, recipe, workers, requests.per_step(), steps, slot)
 
 
 def evaluation_indices(samples: int, rank: int, world_size: int) -> range:
@@ -245,8 +284,11 @@ def evaluation_loader(
     cuts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     requests = [[Request(row, 0, row) for row in cut] for cut in cuts]
     strict = dataclasses.replace(recipe, on_damage="stop")
-    samples = Samples(Reader(shard_set), strict, seed, transform)
-    loader = TrainLoader(requests, samples, strict, min(workers_for(recipe), len(requests)), 1, len(requests))
+    reader = Reader(shard_set)
+    workers = min(workers_for(recipe), len(requests))
+    slot = slot_bytes(reader, strict, batch_size, getattr(transform, "ships_px", None)) if workers else 0
+    samples = Samples(reader, strict, seed, transform)
+    loader = TrainLoader(requests, samples, strict, workers, 1, len(requests), slot)
     for step in loader:
         yield from step
 

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from geopose_dist import files
+from geopose_dist.data.store_recipe import StoreRecipe
 from geopose_dist.errors import UserError
 
 SCHEMA_VERSION = 1
@@ -92,12 +93,16 @@ class ShardSet:
         manifest: see `Manifest`.
         index: rows of this split only, memory-mapped.
         split: its name.
+        folder: the local folder with manifest and index; for a URL a part of the cache.
+        store: how a URL is reached.
     """
 
     root: str
     manifest: Manifest
     index: Index = field(repr=False)
     split: str
+    folder: str = ""
+    store: StoreRecipe = field(default_factory=StoreRecipe)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -132,23 +137,41 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path}: not found; wanted the manifest of a finished `geopose pack`; run it again to go on, or "
             "`geopose pack --index-only` for shards made elsewhere"
         )
+    return parse(path.read_bytes(), str(path))
+
+
+def parse(data: bytes, where: str) -> Manifest:
+    """A manifest from its JSON, checked (UserError)."""
     try:
-        facts = json.loads(path.read_bytes())
+        facts = json.loads(data)
         if facts["schema"] != SCHEMA_VERSION:
             raise UserError(
-                f"{path}: schema {facts['schema']}, this program reads {SCHEMA_VERSION}; pack again or use the "
+                f"{where}: schema {facts['schema']}, this program reads {SCHEMA_VERSION}; pack again or use the "
                 "version of geopose-dist that packed it"
             )
+        shards = [Shard(**shard) for shard in facts["shards"]]
+        for shard in shards:
+            _check(shard)
+        if not isinstance(facts["recipe"], dict) or not isinstance(facts["statistics"], dict):
+            raise TypeError("recipe and statistics are no tables")
         return Manifest(
-            shards=[Shard(**shard) for shard in facts["shards"]],
-            cities=list(facts["cities"]),
+            shards=shards,
+            cities=[str(city) for city in facts["cities"]],
             statistics=facts["statistics"],
             recipe=facts["recipe"],
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path}: not a manifest of shards ({error}); pack again") from error
+        raise UserError(f"{where}: not a manifest of shards ({error}); pack again") from error
+
+
+def _check(shard: Shard) -> None:
+    texts, counts = (shard.name, shard.split, shard.sha256), (shard.samples, shard.bytes)
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("name, split and sha256 of a shard are texts")
+    if not all(type(count) is int and 0 <= count < 1 << 62 for count in counts):
+        raise TypeError(f"samples and bytes of {shard.name!r} are whole numbers")
 
 
 def open_split(root: str | Path, split: str) -> ShardSet:
@@ -176,4 +199,4 @@ def open_split(root: str | Path, split: str) -> ShardSet:
         if shard.split == split:
             break
         first += shard.samples
-    return ShardSet(str(root), manifest, index[first : first + splits[split]], split)
+    return ShardSet(str(root), manifest, index[first : first + splits[split]], split, str(root))

@@ -39,7 +39,9 @@ class ObjectStore:
     def read(self, name: str, offset: int, length: int) -> bytes:
         """See `Store`."""
         with self._said(name, f", offset {offset}"):
-            data = obstore.get_range(self._client, name, start=offset, length=length).to_bytes()
+            data = obstore.get_range(
+                self._client, urls.check_name(name, self.url), start=offset, length=length
+            ).to_bytes()
         if len(data) != length:
             raise UserError(
                 f"{self._at(name)}: {len(data)} bytes at offset {offset}, wanted {length}: the object is shorter "

@@ -16,12 +16,13 @@ import yaml
 from geopose_dist.data.plan import Plan, check_batches, parse_order, rank_of
 from geopose_dist.data.reader import Reader, open_shards
 from geopose_dist.data.recipe import DataRecipe
+from geopose_dist.data.store_recipe import StoreRecipe
 from geopose_dist.errors import UserError
 
 PAGE = 4096
 """Positions computed at a time."""
 
-FROM_TRAINING = ("shards", "train_split", "order", "city_weights", "global_batch", "micro_batch")
+FROM_TRAINING = ("shards", "store", "train_split", "order", "city_weights", "global_batch", "micro_batch")
 TRAINING_ONLY = {"data", "model", "augment", "length", "optim", "precision", "out"}
 """Any of these at the top of a file shows that it is a training recipe."""
 
@@ -31,7 +32,9 @@ class OrderRecipe:
     """Which part of which stream to print; --config takes training recipes, too (data and seed count)."""
 
     shards: str = ""
-    """Folder of shards that `geopose pack` made."""
+    """Shards that `geopose pack` made: a folder or URL."""
+    store: StoreRecipe = field(default_factory=StoreRecipe)
+    """How shards behind a URL are reached and kept."""
     epoch: int = 0
     """Visit of the data set that start counts from."""
     start: int = 0
@@ -95,7 +98,7 @@ class OrderRecipe:
 
 def run(recipe: OrderRecipe) -> None:
     """Print the keys (UserError: no such shards, a damaged header)."""
-    shard_set = open_shards(recipe.shards, recipe.train_split)
+    shard_set = open_shards(recipe.shards, recipe.train_split, recipe.store)
     global_batch, micro_batch = recipe.batches()
     plan = Plan.of(
         shard_set,
@@ -106,6 +109,7 @@ def run(recipe: OrderRecipe) -> None:
         city_weights=recipe.city_weights,
     )
     reader = Reader(shard_set)
+    reader.check_order(parse_order(recipe.order))
     first = recipe.epoch * plan.samples + recipe.start
     count = max(plan.samples - recipe.start, 0) if recipe.count is None else recipe.count
     for page in range(first, first + count, PAGE):
@@ -116,4 +120,4 @@ def run(recipe: OrderRecipe) -> None:
             or rank_of(position, global_batch, micro_batch, recipe.world_size) == recipe.rank
         ]
         _, indices = plan.samples_at(positions)
-        sys.stdout.writelines(f"{reader.key(index)}\n" for index in indices.tolist())
+        sys.stdout.writelines(f"{key}\n" for key in reader.keys(indices.tolist()))

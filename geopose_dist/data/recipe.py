@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from geopose_dist.data.plan import check_batches, parse_order
+from geopose_dist.data.store_recipe import StoreRecipe
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,9 @@ class DataRecipe:
     """What to train on, in which order, and how it is fed."""
 
     shards: str = ""
-    """Folder of shards that `geopose pack` made."""
+    """Shards that `geopose pack` made: a folder, or s3://, gs://, az:// or http(s):// and where they are."""
+    store: StoreRecipe = field(default_factory=StoreRecipe)
+    """How shards behind a URL are reached and kept."""
     train_split: str = "train"
     """Split to learn from."""
     validation_split: str = "val"

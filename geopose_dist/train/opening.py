@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from geopose_dist.augment import transform_of
-from geopose_dist.data import manifest
+from geopose_dist.data import catalogue
 from geopose_dist.data.loader import TrainLoader, train_loader
 from geopose_dist.data.manifest import ShardSet
 from geopose_dist.data.reader import Reader, open_shards
@@ -65,7 +65,7 @@ def look(recipe: TrainRecipe, world: World) -> Opened:
     if not recipe.data.shards:
         raise UserError("data.shards is not set; name the folder that `geopose pack` made: --data.shards DIR")
     parallel.check_parallel(recipe, world)
-    shards = open_shards(recipe.data.shards, recipe.data.train_split)
+    shards = open_shards(recipe.data.shards, recipe.data.train_split, recipe.data.store)
     validation = validation_split(recipe, world)
     recipe = with_data_facts(recipe, shards)
     run = Path(recipe.out)
@@ -112,13 +112,14 @@ def loader_of(opened: Opened, world: World) -> TrainLoader:
         transform=transform_of(recipe.augment, recipe.data.crop_px),
     )
 
+
 GSD_SAMPLES = 16
 """Tiles that are asked whether the training split knows GSDs at all."""
 
 
 def validation_split(recipe: TrainRecipe, world: World) -> ShardSet | None:
     """The split that the score is taken on; without one, training says so once and goes on."""
-    known = manifest.read_manifest(Path(recipe.data.shards)).splits()
+    known = catalogue.read_manifest(recipe.data.shards, recipe.data.store).splits()
     if known.get(recipe.data.validation_split, 0) == 0:
         if world.is_first:
             print(
@@ -127,7 +128,7 @@ def validation_split(recipe: TrainRecipe, world: World) -> ShardSet | None:
                 file=sys.stderr,
             )
         return None
-    return open_shards(recipe.data.shards, recipe.data.validation_split)
+    return open_shards(recipe.data.shards, recipe.data.validation_split, recipe.data.store)
 
 
 def start_weights(net: GeoposeNet, recipe: TrainRecipe, stored: Snapshot | None) -> str:
