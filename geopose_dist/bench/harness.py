@@ -49,6 +49,36 @@ class BenchData:
 
 
 @dataclass(frozen=True)
+class ScalingRecipe:
+    """The cluster that scaling predicts."""
+
+    ranks: int = 0
+    """Most ranks measured on this machine; 0: one per GPU, or two without any."""
+    predict: tuple[int, ...] = (8, 64, 512, 4096)
+    """Numbers of ranks (GPUs) to predict."""
+    network_gbit: float = 400.0
+    """Bandwidth of a node's link, gigabits per second."""
+    latency_us: float = 5.0
+    """Latency of a message between nodes, microseconds."""
+    gpus_per_node: int = 8
+    """Ranks that share a node and its link."""
+    price_per_node_hour: float = 0.0
+    """Price of a node for an hour, in any currency; 0: no costs are told."""
+
+    def __post_init__(self) -> None:
+        if self.ranks < 0 or self.gpus_per_node < 1 or not all(ranks > 0 for ranks in self.predict):
+            raise ValueError(
+                f"scaling.ranks is {self.ranks}, gpus_per_node {self.gpus_per_node}, predict {list(self.predict)}; "
+                "wanted positive numbers (0 ranks: as many as there are)"
+            )
+        if not (self.network_gbit > 0 and self.latency_us >= 0 and self.price_per_node_hour >= 0):
+            raise ValueError(
+                f"scaling.network_gbit is {self.network_gbit}, latency_us {self.latency_us}, price_per_node_hour "
+                f"{self.price_per_node_hour}; wanted a bandwidth above 0, and neither of the others negative"
+            )
+
+
+@dataclass(frozen=True)
 class BenchRecipe:
     """Which measurements to take."""
 
@@ -67,6 +97,8 @@ class BenchRecipe:
     """The training recipe that epoch and step measure; --config train/base lays it here."""
     steps: int = 10
     """Optimiser steps of one measurement of epoch and step."""
+    scaling: ScalingRecipe = field(default_factory=ScalingRecipe)
+    """The cluster that scaling predicts."""
     tiles: int = 5923
     """Tiles of the epoch whose length is told; the challenge's training set has 5,923."""
     out: Path | None = None
