@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from geopose_dist.errors import UserError
-from geopose_dist.model import depthwise, heads, pretrained, weights
+from geopose_dist.model import depthwise, heads, inputs, pretrained, weights
 from geopose_dist.model.recipe import ModelRecipe
 from geopose_dist.model.unet import GeoposeNet
 
@@ -42,7 +42,11 @@ def test_shapes_of_every_head(changes: dict[str, Any]) -> None:
 
 
 def test_every_parameter_learns_so_that_ddp_never_waits() -> None:
-    for changes in ({}, BENCHMARK, {"gsd_input": True}):
+    everything = {
+        "gsd_input": True, "city_input": True, "cities": ["ARG"], "full_resolution_skip": 4,
+        "direction_confidence": True,
+    }  # fmt: skip
+    for changes in ({}, BENCHMARK, {"gsd_input": True}, everything):
         net = small(**changes)
         prediction = net(
             torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8), torch.tensor([0.5, math.nan])
@@ -68,17 +72,6 @@ def test_edge_weights_favour_steps_and_do_not_pass_gradients() -> None:
     assert not weight.requires_grad
     assert weight.sum().item() == pytest.approx(1.0, rel=1e-5)
     assert weight[0, 0, :, 7].sum() > 0.8
-
-
-def test_gsd_input_tells_known_from_unknown() -> None:
-    net = small(gsd_input=True).eval()
-    torch.nn.init.ones_(net.scale.linear.weight)
-    with torch.inference_mode():
-        scale = net(
-            torch.zeros(2, 3, 64, 64, dtype=torch.uint8), torch.tensor([1.0, math.nan])
-        ).scale_px_per_m
-    assert torch.isfinite(scale).all()
-    assert scale[0] != scale[1]
 
 
 def test_unknown_encoder_offers_close_names() -> None:
@@ -213,3 +206,106 @@ def test_depthwise_convolutions_in_float32_change_little_and_survive_copying() -
     with torch.inference_mode():  # outside autocast nothing is touched
         assert copied(rgb, UNKNOWN_GSD).agl_m.dtype == torch.float32
         assert not torch.is_autocast_enabled("cpu")
+
+
+def randomised(net: GeoposeNet) -> GeoposeNet:
+    """Inputs start without influence, so that a test must give them some."""
+    torch.nn.init.normal_(net.inputs.out.weight)
+    return net
+
+
+RGB = torch.full((2, 3, 64, 64), 90, dtype=torch.uint8)
+
+
+def scales(net: GeoposeNet, gsd: list[float], city: list[int] | None = None) -> list[float]:
+    with torch.inference_mode():
+        torch.nn.init.ones_(net.scale.linear.weight)
+        cities = None if city is None else torch.tensor(city)
+        found: list[float] = net(RGB, torch.tensor(gsd), None, cities).scale_px_per_m.tolist()
+    return found
+
+
+def test_gsd_is_an_input_and_may_be_unknown() -> None:
+    net = randomised(small(gsd_input=True)).eval()
+    near, far = scales(net, [0.35, 0.8])
+    unknown, _ = scales(net, [math.nan, 0.35])
+    assert len({round(value, 6) for value in (near, far, unknown)}) == 3
+    assert all(math.isfinite(value) for value in (near, far, unknown))
+
+
+def test_city_is_an_input_and_any_other_city_is_unknown() -> None:
+    net = randomised(small(city_input=True, cities=["ARG", "JAX"])).eval()
+    arg, jax = scales(net, [0.4, 0.4], [0, 1])
+    absent, _ = scales(net, [0.4, 0.4])
+    other, beyond = scales(net, [0.4, 0.4], [-1, 2])
+    assert absent == other == beyond
+    assert len({arg, jax, absent}) == 3
+    assert inputs.city_numbers(["ARG", "JAX"], ["JAX", None, "XYZ", "ARG"]).tolist() == [1, -1, -1, 0]
+
+
+def test_inputs_start_without_influence() -> None:
+    plain, told = small(), small(gsd_input=True, city_input=True, cities=["ARG"])
+    told.load_state_dict(plain.state_dict(), strict=False)
+    with torch.inference_mode():
+        for ours, theirs in zip(plain.eval()(RGB, UNKNOWN_GSD), told.eval()(RGB, UNKNOWN_GSD), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_hidden_inputs_follow_the_generator_and_only_in_training() -> None:
+    net = randomised(small(gsd_input=True, input_dropout=0.5))
+    gsd = torch.linspace(0.3, 0.6, 64)
+
+    def vectors(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        found: torch.Tensor = net.inputs(gsd, None)
+        return found
+
+    net.train()
+    assert torch.equal(vectors(1), vectors(1))
+    assert not torch.equal(vectors(1), vectors(2))
+    drawn = vectors(1)
+    unknown = net.eval().inputs(torch.full((1,), math.nan), None)
+    hidden = torch.isclose(drawn, unknown, atol=1e-4).all(dim=1)
+    assert 15 < int(hidden.sum()) < 50
+    assert torch.equal(vectors(1), vectors(2))
+
+
+def test_skip_at_full_resolution_shows_the_heads_single_pixels() -> None:
+    """The decoder's last block enlarges by repeating pixels: its 2x2 groups see one value, the skip sees four."""
+    net = small(full_resolution_skip=4).eval()
+    image = torch.zeros(1, 3, 64, 64)
+    decoded = torch.zeros(1, 8, 64, 64)
+    with torch.inference_mode():
+        flat = net.full_resolution(image, decoded)
+        image[..., 32, 32] = 5.0
+        seen = (net.full_resolution(image, decoded) - flat).abs().sum(dim=1)[0] > 1e-6
+    assert seen.any()
+    rows, columns = torch.nonzero(seen).unbind(dim=1)
+    assert rows.min() >= 29
+    assert rows.max() <= 35
+    assert columns.max() <= 35
+    assert small().state_dict().keys() < net.state_dict().keys()
+
+
+def test_confidence_chooses_which_pixels_tell_the_direction() -> None:
+    net = small(direction_confidence=True).eval()
+    maps = torch.zeros(1, 4, 32, 32)
+    maps[:, 1, :, :16], maps[:, 2, :, 16:] = 1.0, 1.0  # x on the left, y on the right
+    maps[:, 3, :, :16], maps[:, 3, :, 16:] = 20.0, -20.0
+    deepest = torch.zeros(1, net.unet.encoder.out_channels[-1], 1, 1)
+    with torch.inference_mode():
+        direction = net._heads(maps, deepest, None).direction[0]
+    assert direction.tolist() == pytest.approx([1.0, 0.0], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"direction": "pooled", "direction_confidence": True}, "direction_confidence"),
+        ({"full_resolution_skip": -1}, "full_resolution_skip"),
+        ({"input_dropout": 1.0}, "input_dropout"),
+    ],
+)
+def test_impossible_models_are_named(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        ModelRecipe(**changes)

@@ -26,6 +26,7 @@ from geopose_dist.errors import UserError
 from geopose_dist.geometry import F32, F64
 from geopose_dist.infer import tiles
 from geopose_dist.infer.recipe import NetRecipe
+from geopose_dist.model.inputs import city_numbers
 from geopose_dist.model.weights import load_net
 
 
@@ -117,6 +118,7 @@ class Predictor:
         slots: Sequence[int] | None = None,
         reduced_by: int = 1,
         size: tuple[int, int] | None = None,
+        cities: Sequence[str | None] | None = None,
     ) -> list[TilePose | None]:
         """Poses of up to `batch` tiles of one size; None where the network answered NaN or infinity.
 
@@ -126,6 +128,7 @@ class Predictor:
             slots: position of each in the batch; arithmetic libraries may round by position.
             reduced_by: how far the tiles were reduced already (shards); answers are at full resolution.
             size: rows and columns of the answers, where they are no multiples of `reduced_by`.
+            cities: name of each tile's city, None if unknown; networks that know no such city do without.
 
         Raises:
             UserError: the tiles were reduced further than the network wants, or by no divisor of it.
@@ -147,7 +150,10 @@ class Predictor:
         pixels[places] = np.stack(small).transpose(0, 3, 1, 2)
         gsds = np.full(self.batch, np.nan, np.float32)
         gsds[places] = [math.nan if gsd is None else gsd * factor for gsd in gsds_m]
-        agl_m, vectors, log_scales = self._average(pixels, gsds)
+        names: list[str | None] = [None] * self.batch
+        for place, city in zip(places, cities or [None] * len(places), strict=True):
+            names[place] = city
+        agl_m, vectors, log_scales = self._average(pixels, gsds, names)
         size = size or (rows * reduced_by, columns * reduced_by)
         return [self._finish(agl_m[i], vectors[i], float(np.exp(log_scales[i])), size) for i in places]
 
@@ -164,7 +170,7 @@ class Predictor:
         limited = min(max(wanted, recipe.scale_min_px_per_m), recipe.scale_max_px_per_m)
         return TilePose(full, limited, geometry.angle_of(*map(float, vector)), clipped, limited != wanted)
 
-    def _average(self, pixels: U8, gsds_m: F32) -> tuple[F32, F64, F64]:
+    def _average(self, pixels: U8, gsds_m: F32, names: Sequence[str | None]) -> tuple[F32, F64, F64]:
         """Heights [B, H, W], direction vectors [B, 2] and log-scales [B] over checkpoints and symmetries."""
         agl_m = np.zeros((len(pixels), *pixels.shape[2:]), np.float32)
         vectors, log_scales = np.zeros((len(pixels), 2)), np.zeros(len(pixels))
@@ -173,20 +179,22 @@ class Predictor:
             share = float(self.weights[number]) / len(ways)
             gsds = gsds_m if self.gsd_known[number] else np.full_like(gsds_m, np.nan)
             for way in ways:
-                heights, xy, logs = self._whole(net, way.apply(pixels), gsds)
+                heights, xy, logs = self._whole(net, way.apply(pixels), gsds, names)
                 agl_m += np.float32(share) * way.undo(heights)
                 vectors += share * way.undo_direction(xy)
                 log_scales += share * logs
         return agl_m, vectors, log_scales
 
-    def _whole(self, net: nn.Module, pixels: U8, gsds_m: F32) -> tuple[F32, F64, F64]:
+    def _whole(
+        self, net: nn.Module, pixels: U8, gsds_m: F32, names: Sequence[str | None]
+    ) -> tuple[F32, F64, F64]:
         """One network's answer for tiles [B, 3, H, W] of any size, by windows where they are large."""
         count, size = len(pixels), pixels.shape[2:]
         agl_m = np.zeros((count, *size), np.float32)
         vectors, log_scales, area = np.zeros((count, 2)), np.zeros(count), 0.0
         for window in tiles.windows((size[0], size[1]), self.recipe.window, self.recipe.overlap):
             piece = pixels[:, :, window.rows, window.columns]
-            heights, xy, logs = self._network(net, piece, gsds_m)
+            heights, xy, logs = self._network(net, piece, gsds_m, names)
             agl_m[:, window.rows, window.columns] += window.weight * heights
             share = float(window.weight.sum(dtype=np.float64))
             area += share
@@ -194,14 +202,19 @@ class Predictor:
             log_scales += share * logs
         return agl_m, vectors / area, log_scales / area
 
-    def _network(self, net: nn.Module, pixels: U8, gsds_m: F32) -> tuple[F32, F64, F64]:
+    def _network(
+        self, net: nn.Module, pixels: U8, gsds_m: F32, names: Sequence[str | None]
+    ) -> tuple[F32, F64, F64]:
+        known = getattr(getattr(net, "recipe", None), "cities", [])
+        city = {"city": city_numbers(known, names).to(self.device)} if known else {}
         rows, columns = pixels.shape[2:]
         padded = np.ascontiguousarray(tiles.pad_to_multiple(pixels, self.size_multiple))
         with (
             torch.inference_mode(),
             torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"),
         ):
-            answer = net(torch.from_numpy(padded).to(self.device), torch.from_numpy(gsds_m).to(self.device))
+            gsd_m = torch.from_numpy(gsds_m).to(self.device)
+            answer = net(torch.from_numpy(padded).to(self.device), gsd_m, **city)
         heights = answer.agl_m[:, 0, :rows, :columns].float().cpu().numpy()
         xy = answer.direction.double().cpu().numpy()
         # A vector of length 0 says nothing of the direction; a unit one each lets every answer count alike.

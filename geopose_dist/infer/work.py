@@ -95,6 +95,11 @@ class Pixels:
     other_filter: bool
 
 
+def city_of(tile: TileSource | None) -> str | None:
+    """The city that a tile's name begins with."""
+    return None if tile is None else tile.key.partition("_")[0]
+
+
 @dataclass(frozen=True)
 class WorkSpec:
     """Everything that an actor needs, small enough to send anywhere; calling it makes the worker.
@@ -190,6 +195,7 @@ class Worker:
             slots=slots,
             reduced_by=first.reduced_by,
             size=first.size,
+            cities=[city_of(item.tiles[slot]) for slot in slots],
         ).result()
         report.other_filter += sum(pixels[slot].other_filter for slot in slots)
         writing = []

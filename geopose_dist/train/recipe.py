@@ -52,10 +52,22 @@ class OptimRecipe:
     """Peak learning rate."""
     encoder_lr_factor: float = 1.0
     """Learning rate of the encoder as a share of `lr`."""
+    layer_decay: float = 1.0
+    """Pretrained encoders: each stage learns at this share of the next deeper one's rate, so that what ImageNet
+    taught the shallow ones stays; 1: all alike."""
+    lr_batch: int = 0
+    """Global batch that `lr` is meant for: another one changes it by `lr_rule`; 0: `lr` is as it stands."""
+    lr_rule: Literal["sqrt", "linear"] = "sqrt"
+    """Growth of the rate with the batch; the root suits Adam's normalised steps, linear is SGD's rule."""
     weight_decay: float = 0.01
     """For adamw; normalisation and biases are left out."""
-    schedule: Literal["constant", "cosine"] = "cosine"
-    """Constant is the benchmark's; cosine falls to `final_lr_factor` at the end of the run."""
+    schedule: Literal["constant", "cosine", "step"] = "cosine"
+    """Constant is the benchmark's; cosine falls to `final_lr_factor` at the end of the run; step is multiplied
+    by `step_factor` at each of `milestones`."""
+    milestones: list[float] = field(default_factory=lambda: [0.6, 0.85])
+    """Where `schedule: step` falls, as shares of the run, so that it follows the run's length."""
+    step_factor: float = 0.1
+    """What `schedule: step` multiplies by."""
     final_lr_factor: float = 0.0
     """Learning rate at the end of cosine as a share of `lr`."""
     warmup_steps: int = 50
@@ -66,9 +78,19 @@ class OptimRecipe:
     def __post_init__(self) -> None:
         if not self.lr > 0:
             raise ValueError(f"optim.lr is {self.lr}; wanted a number above 0")
-        for name in ("encoder_lr_factor", "weight_decay", "final_lr_factor", "warmup_steps", "clip_norm"):
-            if getattr(self, name) < 0:
+        least_zero = (
+            "encoder_lr_factor", "weight_decay", "final_lr_factor", "warmup_steps", "clip_norm", "lr_batch"
+        )  # fmt: skip
+        for name in least_zero:
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"optim.{name} is {getattr(self, name)}; wanted a number >= 0")
+        for name in ("layer_decay", "step_factor"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}; wanted 0 < {name} <= 1")
+        if not all(0 < share < 1 for share in self.milestones):
+            raise ValueError(
+                f"optim.milestones is {self.milestones}; wanted shares of the run between 0 and 1"
+            )
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,9 @@ class Session:
     def summary(self) -> str:
         """The last sentence of a run."""
         score = "" if self.progress.r2 is None else f", validation score {self.progress.r2:.4f}"
-        early = f", ended early: no better score in {self.progress.stale} validations" if self.worn_out() else ""
+        early = (
+            f", ended early: no better score in {self.progress.stale} validations" if self.worn_out() else ""
+        )
         return f"done: {self.progress.step} steps in {self.elapsed_s():.0f} s{score}{early}; see {self.recipe.out}"
 
 
@@ -169,7 +171,7 @@ def open_session(recipe: TrainRecipe, world: World) -> Session:
     opened = opening.look(recipe, world)
     recipe, progress, stored = opened.recipe, opened.progress, opened.stored
     net = opening.prepared(opened, world)
-    optimizer = make_optimizer(recipe.optim, net, world.device)
+    optimizer = make_optimizer(recipe.optim, net, world.device, recipe.data.global_batch)
     stepper = Stepper(recipe, net, optimizer, world, opened.shards.manifest.cities)
     ema = AveragedWeights(net, recipe.ema_decay) if recipe.ema_decay > 0 else None
     if stored is not None:

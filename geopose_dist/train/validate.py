@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from geopose_dist.data.loader import evaluation_indices
 from geopose_dist.data.manifest import ShardSet
@@ -20,6 +19,8 @@ from geopose_dist.data.sample import View
 from geopose_dist.evaluate.moments import Moments, TileMoments
 from geopose_dist.geometry import angle_of
 from geopose_dist.model.heads import Prediction
+from geopose_dist.model.inputs import city_numbers, gsd_tensor
+from geopose_dist.model.unet import GeoposeNet
 from geopose_dist.runtime import World
 from geopose_dist.train.step import DTYPES
 
@@ -27,11 +28,13 @@ MIN_SCALE_PX_PER_M = 1e-4
 """Predicted scales are limited from below here, as prediction does: the score refuses 0."""
 
 
-def evaluate(net: nn.Module, shards: ShardSet, world: World, *, precision: str, batch: int) -> dict[str, Any]:
+def evaluate(
+    net: GeoposeNet, shards: ShardSet, world: World, *, precision: str, batch: int
+) -> dict[str, Any]:
     """Score of `net` on a split: the dictionary of `geopose evaluate`, equal on all ranks.
 
     Args:
-        net: maps (rgb_u8, gsd_m) to a `Prediction`; put into eval mode for the time.
+        net: the network; put into eval mode for the time.
         shards: the validation split.
         world: the ranks that share the work; all of them must call this.
         precision: of the forward pass, as in the training recipe.
@@ -65,17 +68,17 @@ def _like_sized(reader: Reader, indices: Sequence[int], batch: int) -> Iterator[
 
 
 @torch.inference_mode()
-def _predict(net: nn.Module, views: list[View], device: torch.device, precision: str) -> list[TileMoments]:
+def _predict(net: GeoposeNet, views: list[View], device: torch.device, precision: str) -> list[TileMoments]:
     """Moments of each labelled tile of like-sized `views`, padded by reflection to what the network takes."""
     rows, columns = views[0].rgb.shape[:2]
     pad = ((0, 0), (0, -rows % 32), (0, -columns % 32), (0, 0))
     rgb = np.pad(np.stack([view.rgb for view in views]), pad, mode="symmetric").transpose(0, 3, 1, 2)
-    gsd_m = torch.tensor(
-        [np.nan if view.gsd_m is None else view.gsd_m for view in views], dtype=torch.float32
-    )
+    gsd_m = gsd_tensor([view.gsd_m for view in views])
+    city = city_numbers(net.recipe.cities, [view.city for view in views])
+    pixels = torch.from_numpy(np.ascontiguousarray(rgb)).to(device)
     dtype = DTYPES[precision]
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-        prediction: Prediction = net(torch.from_numpy(np.ascontiguousarray(rgb)).to(device), gsd_m.to(device))
+        prediction: Prediction = net(pixels, gsd_m.to(device), None, city.to(device))
     heights = prediction.agl_m[:, 0, :rows, :columns].clamp(min=0).cpu().numpy()
     directions = prediction.direction.double().cpu().numpy()
     scales = prediction.scale_px_per_m.clamp(min=MIN_SCALE_PX_PER_M).double().cpu().numpy()
