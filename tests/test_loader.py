@@ -268,7 +268,7 @@ def test_too_little_shared_memory_is_told_before_the_start(shards: Path, monkeyp
     monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=16, f_frsize=1 << 20))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     recipe = recipe_of(shards, workers=2, crop_px=1024, micro_batch=4)
-    words = r"/dev/shm has 16 MiB free.*4 rank.s. x 2 workers x 2 micro-batches of 20 MiB need 400 MiB.*--shm-size"
+    words = r"/dev/shm has 16 MiB free.*4 rank.s. x 11 micro-batches of 20\.0 MiB need 880 MiB.*--shm-size"
     with pytest.raises(UserError, match=words):
         train_loader(open_split(shards, "train"), recipe, 0, 0, 1, 0, 1)
     train_loader(open_split(shards, "train"), recipe_of(shards, workers=2), 0, 0, 1, 0, 1)  # small tiles fit

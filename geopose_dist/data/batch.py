@@ -74,18 +74,25 @@ class Batch:
         return len(self.keys)
 
     def __reduce__(self) -> tuple[Any, ...]:
+        return Batch.of, (self.rgb, self.agl_cm, *self.small())
+
+    def small(self) -> tuple[list[npt.NDArray[Any]], tuple[Any, ...]]:
+        """Everything but the pixels, as it travels inside a pickle; `of` puts it together again."""
         small = (self.gsd_m, self.scale_px_per_m, self.direction, self.city)
         rest = (self.keys, self.positions, self.visits, self.substitutions, self.deferred)
-        return _rebuild, (self.rgb, self.agl_cm, [tensor.numpy() for tensor in small], rest)
+        return [tensor.numpy() for tensor in small], rest
+
+    @classmethod
+    def of(
+        cls, rgb: torch.Tensor, agl_cm: torch.Tensor, small: list[npt.NDArray[Any]], rest: tuple[Any, ...]
+    ) -> Batch:
+        """A batch from its pixels and what `small` gave."""
+        gsd_m, scale_px_per_m, direction, city = (torch.from_numpy(array) for array in small)
+        return cls(rgb, agl_cm, gsd_m, scale_px_per_m, direction, city, *rest)
 
     def pin_memory(self) -> Batch:
         """A copy in page-locked memory, from which copies to a GPU overlap with its work."""
         return dataclasses.replace(self, rgb=self.rgb.pin_memory(), agl_cm=self.agl_cm.pin_memory())
-
-
-def _rebuild(rgb: torch.Tensor, agl_cm: torch.Tensor, small: list[npt.NDArray[Any]], rest: Any) -> Batch:
-    gsd_m, scale_px_per_m, direction, city = (torch.from_numpy(array) for array in small)
-    return Batch(rgb, agl_cm, gsd_m, scale_px_per_m, direction, city, *rest)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -102,10 +109,12 @@ def pack(
     positions: Sequence[int],
     visits: Sequence[int],
     substitutions: Sequence[Substitution] = (),
+    room: npt.NDArray[np.uint8] | None = None,
 ) -> Batch:
     """A batch of views of one size; `cities` are the manifest's (UserError: sizes differ).
 
     Where augmentation is left to the device, its results must be of one size; the parts shipped are padded.
+    The pixels are written to `room` if there is enough, else to memory of their own.
     """
     deferred = [view.deferred for view in views if view.deferred is not None]
     assert len(deferred) in (0, len(views)), "one recipe says who augments"
@@ -118,9 +127,13 @@ def pack(
                 "data.micro_batch 1"
             )
     rows, columns = _common_size(views) if deferred else sizes[0]
-    rgb = _shared((len(views), rows, columns, 3), torch.uint8)
-    agl_cm = _shared((len(views), 1, rows, columns), torch.uint16)
-    rgb_rows, agl_rows = rgb.numpy(), agl_cm.numpy()
+    size_bytes = pixel_bytes(len(views), rows, columns)
+    if room is None or room.size < size_bytes:
+        memory = _shared(size_bytes)
+    else:
+        memory = torch.from_numpy(room)
+    rgb, agl_cm = pixels_in(memory, len(views), rows, columns)
+    rgb_rows, agl_rows = rgb.permute(0, 2, 3, 1).numpy(), agl_cm.numpy()
     for i, view in enumerate(views):
         high, wide = view.rgb.shape[:2]
         rgb_rows[i, :high, :wide] = view.rgb
@@ -130,7 +143,7 @@ def pack(
                 padded[high:] = fill
                 padded[:high, wide:] = fill
     return Batch(
-        rgb=rgb.permute(0, 3, 1, 2),
+        rgb=rgb,
         agl_cm=agl_cm,
         gsd_m=_numbers([view.gsd_m for view in views]),
         scale_px_per_m=_numbers([view.scale_px_per_m for view in views]),
@@ -164,12 +177,29 @@ def write_cm(view: View, out: npt.NDArray[np.uint16]) -> None:
         planes.mark_outside(inside, OUTSIDE_CM, out)
 
 
-def _shared(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """An empty tensor, in shared memory if this is a loader worker: saves a copy of the batch."""
+def pixel_bytes(count: int, rows: int, columns: int) -> int:
+    """Bytes that the pixels of a batch take."""
+    return _agl_at(count, rows, columns) + 2 * count * rows * columns
+
+
+def pixels_in(memory: torch.Tensor, count: int, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`Batch.rgb` and `Batch.agl_cm` as they lie in `memory`, uint8 [pixel_bytes or more]."""
+    start, pixels = _agl_at(count, rows, columns), count * rows * columns
+    rgb = memory[: 3 * pixels].view(count, rows, columns, 3).permute(0, 3, 1, 2)
+    agl_cm = memory[start : start + 2 * pixels].view(torch.uint16).view(count, 1, rows, columns)
+    return rgb, agl_cm
+
+
+def _agl_at(count: int, rows: int, columns: int) -> int:
+    return -(-3 * count * rows * columns // 64) * 64
+
+
+def _shared(size_bytes: int) -> torch.Tensor:
+    """Memory for a batch, shared if this is a loader worker: saves a copy."""
     if torch.utils.data.get_worker_info() is None:
-        return torch.empty(shape, dtype=dtype)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)  # type: ignore[no-untyped-call]
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # type: ignore[call-overload,no-any-return]
+        return torch.empty(size_bytes, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(size_bytes)  # type: ignore[no-untyped-call]
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size_bytes,))  # type: ignore[call-overload,no-any-return]
 
 
 def _numbers(values: list[float | None]) -> torch.Tensor:

@@ -19,7 +19,9 @@ from geopose_dist.data.batch import Batch, Substitution, pack
 from geopose_dist.data.permutation import fold
 from geopose_dist.data.reader import Reader
 from geopose_dist.data.recipe import DataRecipe
+from geopose_dist.data.ring import Parked, Ring
 from geopose_dist.data.sample import View
+from geopose_dist.data.stores import StoreFailure, StoreRefusal
 from geopose_dist.errors import UserError
 
 Transform = Callable[[View, np.random.Generator], View]
@@ -52,23 +54,42 @@ def generator_for(seed: int, visit: int, index: int, crop: int = 0) -> np.random
     return np.random.Generator(np.random.Philox(key=np.array(key, np.uint64)))
 
 
+class Requests(list[Request]):
+    """The samples of one micro-batch; `slot` of the ring is lent for it, if any."""
+
+    slot: int | None = None
+
+
 class Samples(Dataset[Any]):
-    """Lists of requests to batches; what a worker process does."""
+    """Lists of requests to batches; what a worker process does.
+
+    Attributes:
+        ring: the memory in which workers leave their batches; None: they travel in memory of their own.
+    """
 
     def __init__(self, reader: Reader, recipe: DataRecipe, seed: int, transform: Transform | None) -> None:
         self.reader, self.recipe, self.seed, self.transform = reader, recipe, seed, transform
+        self.ring: Ring | None = None
 
-    def __getitems__(self, requests: list[Request]) -> Batch | Failure:
+    def __getitems__(self, requests: list[Request]) -> Batch | Parked | Failure:
         at: Request = requests[0]
+        slot = requests.slot if isinstance(requests, Requests) else None
         try:
             views: list[View] = []
             substitutions: list[Substitution] = []
+            self.reader.prefetch([r.index for r in requests])
             for at in requests:
                 views.append(self._view(at, substitutions))
             positions, visits = [r.position for r in requests], [r.visit for r in requests]
-            return pack(views, self.reader.shard_set.manifest.cities, positions, visits, substitutions)
+            cities = self.reader.shard_set.manifest.cities
+            if self.ring is None or slot is None:
+                return pack(views, cities, positions, visits, substitutions)
+            room = self.ring.room(slot)
+            return self.ring.parked(slot, pack(views, cities, positions, visits, substitutions, room))
         except UserError as error:
             return Failure(f"{error} (position {at.position} of the stream)", "", users=True)
+        except StoreFailure as error:  # an outage: nobody's mistake, and no damage that a policy may cover up
+            return Failure(f"{error} (position {at.position} of the stream)", "", users=False)
         except (
             Exception
         ) as error:  # a bug must reach the user with its sample's name: the parent raises again
@@ -89,7 +110,7 @@ class Samples(Dataset[Any]):
             try:
                 view = self.reader.view(index)
             except UserError as error:
-                if self.recipe.on_damage == "stop":
+                if self.recipe.on_damage == "stop" or isinstance(error, StoreRefusal):
                     raise
                 first = first or str(error)
                 index = fold(self.seed, plans.PURPOSE_SUBSTITUTE, at.position, attempt) % len(self.reader)

@@ -18,12 +18,13 @@ from multiprocessing.context import BaseContext
 import torch
 
 from geopose_dist import pool
+from geopose_dist.data.batch import pixel_bytes
 from geopose_dist.data.reader import Reader
 from geopose_dist.data.recipe import DataRecipe
+from geopose_dist.data.ring import SHARED_MEMORY, Ring
 from geopose_dist.errors import UserError
 
 MAX_WORKERS = 8
-SHARED_MEMORY = "/dev/shm"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of mallopt(3)."""
 
@@ -36,30 +37,50 @@ def workers_for(recipe: DataRecipe) -> int:
     return max(0, min(pool.usable_cores() // local_ranks - 1, MAX_WORKERS))
 
 
-def check_shared_memory(
-    reader: Reader, recipe: DataRecipe, workers: int, ships_px: Callable[[int, int], tuple[int, int]] | None
-) -> None:
-    """Refuse to start where batches in flight would not fit: the kernel would kill a worker much later.
+def slot_bytes(
+    reader: Reader, recipe: DataRecipe, samples: int, ships_px: Callable[[int, int], tuple[int, int]] | None
+) -> int:
+    """Bytes of a batch of `samples`; 0 if no tile can be read that would tell.
 
     `ships_px` says how much of a tile is shipped where the device augments; None: the crop or the tile.
     """
-    rows, columns = reader.facts(0).size
-    if ships_px is not None:
-        rows, columns = ships_px(rows, columns)
-    elif recipe.crop_px:
-        rows, columns = recipe.crop_px, recipe.crop_px
-    batch_bytes = recipe.micro_batch * rows * columns * 5
+    if recipe.crop_px and ships_px is None:
+        return pixel_bytes(samples, recipe.crop_px, recipe.crop_px)
+    for index in range(min(len(reader), 16)):
+        try:
+            rows, columns = reader.facts(index).size
+        except UserError:  # what to do about damage is the business of whoever asks for that sample
+            continue
+        return pixel_bytes(samples, *(ships_px(rows, columns) if ships_px else (rows, columns)))
+    return 0
+
+
+def check_shared_memory(slots: int, slot_bytes: int) -> None:
+    """Refuse to start where batches in flight would not fit: the kernel would kill a worker much later."""
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    need = batch_bytes * (recipe.prefetch * workers + 1) * local_ranks
+    need = slots * slot_bytes * local_ranks
     stat = os.statvfs(SHARED_MEMORY) if os.path.isdir(SHARED_MEMORY) else None
     free = stat.f_bavail * stat.f_frsize if stat else need
     if free < need:
         raise UserError(
-            f"{SHARED_MEMORY} has {free >> 20} MiB free, but {local_ranks} rank(s) x {workers} workers x "
-            f"{recipe.prefetch} micro-batches of {batch_bytes >> 20} MiB need {need >> 20} MiB; give "
-            "the container more shared memory (docker --shm-size, or a medium: Memory volume), or lower "
-            "data.workers or data.prefetch"
+            f"{SHARED_MEMORY} has {free / 2**20:.0f} MiB free, but {local_ranks} rank(s) x {slots} micro-batches "
+            f"of {slot_bytes / 2**20:.1f} MiB need {need / 2**20:.0f} MiB; give the container more shared memory "
+            "(docker --shm-size, or a medium: Memory volume), or lower data.workers or data.prefetch"
         )
+
+
+def open_ring(slots: int, slot_bytes: int) -> Ring | None:
+    """Memory for `slots` batches, if there are any (UserError: other programs took it since it was checked)."""
+    if not slots * slot_bytes:
+        return None
+    try:
+        return Ring(slots, slot_bytes)
+    except OSError as error:
+        check_shared_memory(slots, slot_bytes)
+        raise UserError(
+            f"{SHARED_MEMORY}: {slots} micro-batches of {slot_bytes / 2**20:.1f} MiB cannot be kept there "
+            f"({error.strerror}); give the container more shared memory, or lower data.workers"
+        ) from error
 
 
 def start_server() -> BaseContext:
