@@ -157,6 +157,27 @@ class Predictor:
         size = size or (rows * reduced_by, columns * reduced_by)
         return [self._finish(agl_m[i], vectors[i], float(np.exp(log_scales[i])), size) for i in places]
 
+    def windows(
+        self, pixels: U8, slots: Sequence[int], gsd_m: float | None, city: str | None
+    ) -> tuple[F32, F64, F64]:
+        """Reduced windows of one scene as they are: no filter, no limit, nothing enlarged.
+
+        Args:
+            pixels: uint8 [N, 3, H, W], N <= batch; sides are multiples of `size_multiple`, at most `net.window`.
+            slots: position of each in the batch, as in `predict`.
+            gsd_m: ground metres of a pixel at full resolution, None if unknown.
+            city: name of the scene's city, None if unknown.
+
+        Returns:
+            (heights [N, H, W] in metres, direction vectors [N, 2], natural logarithms of px/m among reduced
+            pixels [N]).
+        """
+        batch = np.zeros((self.batch, *pixels.shape[1:]), np.uint8)
+        batch[list(slots)] = pixels
+        gsds = np.full(self.batch, math.nan if gsd_m is None else gsd_m * self.reduction, np.float32)
+        agl_m, vectors, log_scales = self._average(batch, gsds, [city] * self.batch)
+        return agl_m[list(slots)], vectors[list(slots)], log_scales[list(slots)]
+
     def _finish(self, agl_m: F32, vector: F64, scale: float, size: tuple[int, int]) -> TilePose | None:
         if not (np.isfinite(agl_m).all() and np.isfinite(vector).all() and math.isfinite(scale)):
             return None
@@ -189,33 +210,32 @@ class Predictor:
         self, net: nn.Module, pixels: U8, gsds_m: F32, names: Sequence[str | None]
     ) -> tuple[F32, F64, F64]:
         """One network's answer for tiles [B, 3, H, W] of any size, by windows where they are large."""
-        count, size = len(pixels), pixels.shape[2:]
-        agl_m = np.zeros((count, *size), np.float32)
+        count, (rows, columns) = len(pixels), pixels.shape[2:]
+        padded = tiles.pad_to_multiple(pixels, self.size_multiple)
+        agl_m = np.zeros((count, *padded.shape[2:]), np.float32)
         vectors, log_scales, area = np.zeros((count, 2)), np.zeros(count), 0.0
-        for window in tiles.windows((size[0], size[1]), self.recipe.window, self.recipe.overlap):
-            piece = pixels[:, :, window.rows, window.columns]
-            heights, xy, logs = self._network(net, piece, gsds_m, names)
+        size = (padded.shape[2], padded.shape[3])
+        for window in tiles.windows(size, self.recipe.window, self.recipe.overlap, self.size_multiple):
+            heights, xy, logs = self._network(net, padded[:, :, window.rows, window.columns], gsds_m, names)
             agl_m[:, window.rows, window.columns] += window.weight * heights
             share = float(window.weight.sum(dtype=np.float64))
             area += share
             vectors += share * xy
             log_scales += share * logs
-        return agl_m, vectors / area, log_scales / area
+        return agl_m[:, :rows, :columns], vectors / area, log_scales / area
 
     def _network(
         self, net: nn.Module, pixels: U8, gsds_m: F32, names: Sequence[str | None]
     ) -> tuple[F32, F64, F64]:
         known = getattr(getattr(net, "recipe", None), "cities", [])
         city = {"city": city_numbers(known, names).to(self.device)} if known else {}
-        rows, columns = pixels.shape[2:]
-        padded = np.ascontiguousarray(tiles.pad_to_multiple(pixels, self.size_multiple))
         with (
             torch.inference_mode(),
             torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"),
         ):
             gsd_m = torch.from_numpy(gsds_m).to(self.device)
-            answer = net(torch.from_numpy(padded).to(self.device), gsd_m, **city)
-        heights = answer.agl_m[:, 0, :rows, :columns].float().cpu().numpy()
+            answer = net(torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device), gsd_m, **city)
+        heights = answer.agl_m[:, 0].float().cpu().numpy()
         xy = answer.direction.double().cpu().numpy()
         # A vector of length 0 says nothing of the direction; a unit one each lets every answer count alike.
         xy = xy / np.maximum(np.linalg.norm(xy, axis=1, keepdims=True), 1e-12)

@@ -59,12 +59,21 @@ def symmetries(tta: str) -> list[Symmetry]:
     return {"none": flips[:1], "flips": flips, "dihedral": flips + turned}[tta]
 
 
-def window_starts(side: int, window: int, overlap: int) -> list[int]:
-    """First pixels of windows that cover 0 .. side, evenly spread, sharing at least `overlap` pixels."""
+def window_starts(side: int, window: int, overlap: int, step: int = 1) -> list[int]:
+    """First pixels of windows that cover 0 .. side, evenly spread, sharing at least `overlap` pixels.
+
+    They are multiples of `step`: a network that halves its maps five times answers alike only under shifts by 32.
+    `side` and `window` are multiples of it too (ValueError).
+    """
     if side <= window:
         return [0]
-    count = -(-(side - overlap) // (window - overlap))
-    return [round(i * (side - window) / (count - 1)) for i in range(count)]
+    if side % step or window % step:
+        raise ValueError(f"side {side} and window {window} are to be multiples of {step}")
+    steps, wide, shared = side // step, window // step, -(-overlap // step)
+    if shared >= wide:
+        raise ValueError(f"windows of {window} cannot share {overlap} pixels in steps of {step}")
+    count = -(-(steps - shared) // (wide - shared))
+    return [i * (steps - wide) // (count - 1) * step for i in range(count)]
 
 
 def window_weights(starts: list[int], side: int, window: int) -> F32:
@@ -82,6 +91,7 @@ def window_weights(starts: list[int], side: int, window: int) -> F32:
             weights[i] = np.clip((at - start - shared / 4) / (shared / 2), 0, 1)
             weights[i - 1] = np.minimum(weights[i - 1], 1 - weights[i])
         weights[i, min(start + window, side) :] = 0
+    weights /= weights.sum(axis=0)  # where the even spread lets three windows meet
     return weights
 
 
@@ -94,9 +104,9 @@ class Window:
     weight: F32
 
 
-def windows(size: tuple[int, int], window: int, overlap: int) -> Iterator[Window]:
-    """Windows that cover a tile of `size` (rows, columns); one without overlap if it fits."""
-    row_starts, column_starts = (window_starts(side, window, overlap) for side in size)
+def windows(size: tuple[int, int], window: int, overlap: int, step: int = 1) -> Iterator[Window]:
+    """Windows that cover a tile of `size` (rows, columns), see `window_starts`; one without overlap if it fits."""
+    row_starts, column_starts = (window_starts(side, window, overlap, step) for side in size)
     row_weights = window_weights(row_starts, size[0], window)
     column_weights = window_weights(column_starts, size[1], window)
     for i, row in enumerate(row_starts):
