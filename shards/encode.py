@@ -14,6 +14,7 @@ import numpy.typing as npt
 from geopose_dist import geometry
 from geopose_dist.data import codecs, resample
 from geopose_dist.data.sample import TileFacts
+from geopose_dist.data.tile import tallest_m, unknown_px
 from geopose_dist.errors import UserError
 from shards import layouts, wavelet
 from shards.layouts import Tile
@@ -94,11 +95,12 @@ def _encode(job: Job) -> Sample:
         agl_m = np.ascontiguousarray(agl_m[: rows // factor * factor, : columns // factor * factor])
     rgb_member = f"rgb.{codecs.by_name(codecs.RGB_CODECS, job.rgb_codec).extension}"
     members = {rgb_member: codecs.encode_rgb(job.rgb_codec, rgb)}
-    agl_cm = None
+    agl_cm, tallest, unknown = None, None, None
     if agl_m is not None:
         agl_cm, _ = geometry.agl_cm_from_m(resample.reduce_agl(agl_m, factor), unknown_allowed=True)
         extension = codecs.by_name(codecs.AGL_CODECS, job.agl_codec).extension
         members[f"agl.{extension}"] = codecs.encode_agl(job.agl_codec, agl_cm)
+        tallest, unknown = tallest_m(agl_cm), unknown_px(agl_cm)
     scale = None if pose is None else pose[0] / factor
     facts = TileFacts(
         city=tile.city,
@@ -107,6 +109,8 @@ def _encode(job: Job) -> Sample:
         scale_px_per_m=scale,
         angle_rad=None if pose is None else pose[1],
         size=(rgb.shape[0], rgb.shape[1]),
+        tallest_m=tallest,
+        unknown_px=unknown,
     )
     members["json"] = facts.to_json()
     return Sample(tile.key, tile.city, members, of_tile(agl_cm, scale))

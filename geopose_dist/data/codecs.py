@@ -2,14 +2,13 @@
 
 RGB is uint8 [H, W, 3], heights are uint16 centimetres [H, W] with 65535 for unknown; every codec but `jpg`
 is lossless. QOI and LERC are the defaults because of the standard ones they decode fastest (FINDINGS 2.2 and
-2.3); `gpz` is our own, smaller and faster still (`planes`). A member's bytes are judged before a decoder sees
-them: the size that the header claims against a limit or the size that the sample's facts promise, and the end
-mark against a cut.
+2.3); `gpz` is our own, smaller and faster still (`planes`). `gpz` and `tiled` decode a window of a tile alone;
+of the others a window is cut out. A member's bytes are judged before a decoder sees them: the size that the header
+claims against a limit or the size that the sample's facts promise, and the end mark against a cut.
 """
 
 from __future__ import annotations
 
-import io
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,12 +18,14 @@ import imagecodecs
 import numpy as np
 import numpy.typing as npt
 
-from geopose_dist.data import planes
+from geopose_dist.data import planes, tiff
 from geopose_dist.data.image_headers import MAX_PIXELS, claimed_size
+from geopose_dist.data.sample import Window
 from geopose_dist.errors import UserError
 
 U8 = npt.NDArray[np.uint8]
 U16 = npt.NDArray[np.uint16]
+Data = bytes | memoryview
 
 DECODE_ERRORS = (
     RuntimeError,
@@ -50,48 +51,16 @@ class Codec:
         encode: array to bytes.
         decode: bytes to array.
         end: bytes that a whole file ends with; decoders of some formats accept a cut one silently.
+        windowed: whether `decode` takes a window as its second argument, and decodes little else.
     """
 
     name: str
     extension: str
     lossless: bool
     encode: Callable[[Any], bytes | bytearray]
-    decode: Callable[[bytes], Any]
+    decode: Callable[..., Any]
     end: bytes = b""
-
-
-def _tiff(agl_cm: npt.NDArray[Any]) -> bytes:
-    import tifffile
-
-    buffer = io.BytesIO()
-    # One strip, no metadata: the same heights give the same bytes, and any GIS opens them.
-    tifffile.imwrite(
-        buffer,
-        agl_cm,
-        compression="deflate",
-        predictor=True,
-        rowsperstrip=agl_cm.shape[0],
-        metadata=None,
-        software=False,
-    )
-    return buffer.getvalue()
-
-
-def decode_tiff(data: bytes) -> npt.NDArray[Any]:
-    """The first image of a TIFF; ValueError and others of `DECODE_ERRORS` if it is cut or hostile."""
-    import tifffile
-
-    with tifffile.TiffFile(io.BytesIO(data)) as tif:
-        page = tif.pages.first
-        # tifffile fills what a cut file lacks with zeros; look for every strip before decoding.
-        reaches = [
-            offset + count for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True)
-        ]
-        if not reaches or max(reaches) > len(data) or 0 in page.databytecounts:
-            raise ValueError("the file is cut short")
-        if page.imagewidth * page.imagelength * page.samplesperpixel > MAX_PIXELS * 3:
-            raise ValueError(f"it claims {page.imagelength} x {page.imagewidth} pixels")
-        return np.asarray(page.asarray())
+    windowed: bool = False
 
 
 def _htj2k(pixels: npt.NDArray[Any]) -> bytes:
@@ -100,7 +69,7 @@ def _htj2k(pixels: npt.NDArray[Any]) -> bytes:
 
 
 def _table(*codecs: Codec) -> dict[str, Codec]:
-    return {codec.extension: codec for codec in codecs}
+    return {codec.name: codec for codec in codecs}
 
 
 _PNG_END = b"IEND\xaeB`\x82"
@@ -131,13 +100,14 @@ RGB_CODECS: dict[str, Codec] = _table(
         imagecodecs.jpeg8_decode,
         end=b"\xff\xd9",
     ),
-    Codec("gpz", "gpz", True, planes.encode, planes.decode),
+    Codec("gpz", "gpz", True, planes.encode, planes.decode, windowed=True),
+    Codec("tiled", "tif", True, tiff.encode_tiled, tiff.decode, windowed=True),
 )
-"""RGB codecs by extension."""
+"""RGB codecs by name."""
 
 AGL_CODECS: dict[str, Codec] = _table(
     Codec("lerc", "lerc", True, lambda agl: imagecodecs.lerc_encode(agl, level=0), imagecodecs.lerc_decode),
-    Codec("tif", "tif", True, _tiff, decode_tiff),
+    Codec("tif", "tif", True, tiff.encode_strip, tiff.decode, windowed=True),
     Codec(
         "png",
         "png",
@@ -147,10 +117,12 @@ AGL_CODECS: dict[str, Codec] = _table(
         end=_PNG_END,
     ),
     Codec("htj2k", "jph", True, _htj2k, imagecodecs.htj2k_decode, end=b"\xff\xd9"),
-    Codec("gpz", "gpz", True, planes.encode, planes.decode),
+    Codec("gpz", "gpz", True, planes.encode, planes.decode, windowed=True),
+    Codec("tiled", "tif", True, tiff.encode_tiled, tiff.decode, windowed=True),
 )
-"""Height codecs by extension."""
+"""Height codecs by name; those of one extension have one decoder."""
 
+decode_tiff = tiff.decode
 
 ALIASES = {"j2c": "jph", "jhc": "jph", "htj2k": "jph", "jpeg": "jpg", "tiff": "tif"}
 """Other extensions that shards made elsewhere may use."""
@@ -183,13 +155,15 @@ def encode_agl(codec: str, agl_cm: U16) -> bytes:
     return bytes(by_name(AGL_CODECS, codec).encode(np.ascontiguousarray(agl_cm)))
 
 
-def decode_rgb(extension: str, data: bytes, where: str, size: tuple[int, int] | None = None) -> U8:
-    """Pixels uint8 [H, W, 3] of a member's bytes.
+def decode_rgb(
+    extension: str, data: Data, where: str, size: tuple[int, int] | None = None, window: Window | None = None
+) -> U8:
+    """Pixels uint8 [H, W, 3] of a member's bytes, or of a window of it.
 
     `size` is what the sample's facts promise; a header that claims another is refused before decoding.
     UserError naming `where`: unknown extension, damaged bytes, another size or kind of pixels.
     """
-    rgb = _decode(RGB_CODECS, extension, data, where, size)
+    rgb = _decode(RGB_CODECS, extension, data, where, size, window)
     if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3:
         raise UserError(
             f"{where}: {rgb.dtype} of shape {rgb.shape}; wanted uint8 with three bands (H, W, 3); pack again"
@@ -197,9 +171,11 @@ def decode_rgb(extension: str, data: bytes, where: str, size: tuple[int, int] | 
     return rgb
 
 
-def decode_agl(extension: str, data: bytes, where: str, size: tuple[int, int] | None = None) -> U16:
-    """Heights uint16 centimetres [H, W], 65535 = unknown, of a member's bytes; errors as `decode_rgb`."""
-    agl_cm = _decode(AGL_CODECS, extension, data, where, size)
+def decode_agl(
+    extension: str, data: Data, where: str, size: tuple[int, int] | None = None, window: Window | None = None
+) -> U16:
+    """Heights uint16 centimetres [H, W], 65535 = unknown; the rest as `decode_rgb`."""
+    agl_cm = _decode(AGL_CODECS, extension, data, where, size, window)
     if agl_cm.dtype != np.uint16 or agl_cm.ndim != 2:
         raise UserError(
             f"{where}: {agl_cm.dtype} of shape {agl_cm.shape}; wanted uint16 with one band (H, W); pack again"
@@ -208,14 +184,14 @@ def decode_agl(extension: str, data: bytes, where: str, size: tuple[int, int] | 
 
 
 def _decode(
-    table: dict[str, Codec], extension: str, data: bytes, where: str, size: tuple[int, int] | None
+    table: dict[str, Codec],
+    extension: str,
+    data: Data,
+    where: str,
+    size: tuple[int, int] | None,
+    window: Window | None,
 ) -> npt.NDArray[Any]:
-    codec = table.get(ALIASES.get(extension, extension))
-    if codec is None:
-        raise UserError(
-            f"{where}: extension {extension!r} has no decoder here; wanted one of: {', '.join(table)}; "
-            "pack again with one of these"
-        )
+    codec = _by_extension(table, extension, where)
     claimed = claimed_size(data)
     if claimed is None and codec.extension != "tif":
         raise UserError(f"{where}: damaged: no {codec.name} header in its {len(data)} bytes; {_REMEDY}")
@@ -229,15 +205,28 @@ def _decode(
             f"{where}: {claimed[0]} x {claimed[1]} pixels, but the sample's facts say "
             f"{size[0]} x {size[1]}; {_REMEDY}"
         )
-    if not data.endswith(codec.end):
+    if codec.end and data[-len(codec.end) :] != codec.end:
         raise UserError(f"{where}: damaged: its {len(data)} bytes lack the {codec.name} end mark; {_REMEDY}")
     try:
-        pixels: npt.NDArray[Any] = codec.decode(data)
+        pixels: npt.NDArray[Any] = codec.decode(data, window) if codec.windowed else codec.decode(data)
     except DECODE_ERRORS as error:
         raise UserError(f"{where}: damaged: {codec.name} decoder says {error}; {_REMEDY}") from error
-    if size is not None and pixels.shape[:2] != size:
-        raise UserError(f"{where}: {pixels.shape[:2]} pixels, the sample's facts say {size}; {_REMEDY}")
+    if window is not None and not codec.windowed:
+        pixels = np.ascontiguousarray(pixels[window.slices])  # a copy, so that the rest of the tile is let go
+    wanted = size if window is None else (window.rows, window.cols)
+    if wanted is not None and pixels.shape[:2] != wanted:
+        raise UserError(f"{where}: {pixels.shape[:2]} pixels, the sample's facts say {wanted}; {_REMEDY}")
     return pixels
+
+
+def _by_extension(table: dict[str, Codec], extension: str, where: str) -> Codec:
+    for codec in table.values():
+        if codec.extension == ALIASES.get(extension, extension):
+            return codec
+    known = ", ".join(dict.fromkeys(codec.extension for codec in table.values()))
+    raise UserError(
+        f"{where}: extension {extension!r} has no decoder here; wanted one of: {known}; pack again with one of these"
+    )
 
 
 _REMEDY = "run `geopose verify --deep` to find every such member, then pack again"

@@ -2,8 +2,8 @@
 
 A damaged or hostile file may claim a terabyte of pixels (a decompression bomb). Every decoder here is
 called only after `claimed_size` has been compared with a limit. Layouts of the headers: qoiformat.org,
-RFC 2083 (PNG), ITU-T T.81 (JPEG), RFC 9649 (WebP), ITU-T T.800 annexes A and I (JPEG 2000), and the LERC
-specification (Esri).
+RFC 2083 (PNG), ITU-T T.81 (JPEG), RFC 9649 (WebP), ITU-T T.800 annexes A and I (JPEG 2000), TIFF 6.0 section 2, and
+the LERC specification (Esri).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ MAX_PIXELS = 1 << 28
 _SOI, _J2K = b"\xff\xd8", b"\xff\x4f\xff\x51"
 
 
-def claimed_size(data: bytes) -> tuple[int, int] | None:
+def claimed_size(data: bytes | memoryview) -> tuple[int, int] | None:
     """Rows and columns that the header of `data` claims; None if it is no header known here."""
     try:
         if data[:4] == b"qoif":
@@ -33,6 +33,8 @@ def claimed_size(data: bytes) -> tuple[int, int] | None:
             return _jpeg(data)
         elif data[:4] == b"gpz1":
             rows, columns = struct.unpack_from("<II", data, 8)  # shards/README.md
+        elif data[:4] in (b"II*\0", b"MM\0*"):
+            return _tiff(data)
         elif data[:6] == b"Lerc2 ":
             (version,) = struct.unpack_from("<i", data, 6)
             # 6 bytes of name, 4 of version, and from version 3 on 4 of checksum stand before the size.
@@ -44,13 +46,13 @@ def claimed_size(data: bytes) -> tuple[int, int] | None:
     return rows, columns
 
 
-def _codestream(data: bytes, start: int) -> tuple[int, int]:
+def _codestream(data: bytes | memoryview, start: int) -> tuple[int, int]:
     """JPEG 2000 and HTJ2K: the SIZ segment, which stands first."""
     right, bottom, left, top = struct.unpack_from(">IIII", data, start + 8)
     return bottom - top, right - left
 
 
-def _jp2(data: bytes) -> tuple[int, int] | None:
+def _jp2(data: bytes | memoryview) -> tuple[int, int] | None:
     """JP2 and JPH files: walk the boxes to the codestream."""
     position = 0
     while position + 8 <= len(data):
@@ -67,7 +69,7 @@ def _jp2(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _jpeg(data: bytes) -> tuple[int, int] | None:
+def _jpeg(data: bytes | memoryview) -> tuple[int, int] | None:
     """JPEG: walk the segments to a frame header (SOF0 to SOF15 but for DHT, JPG and DAC)."""
     position = 2
     while position + 9 <= len(data):
@@ -81,7 +83,22 @@ def _jpeg(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _webp(data: bytes) -> tuple[int, int] | None:
+def _tiff(data: bytes | memoryview) -> tuple[int, int] | None:
+    """TIFF: the width and length entries of the first directory."""
+    order = "<" if data[:1] == b"I" else ">"
+    (start,) = struct.unpack_from(f"{order}I", data, 4)
+    (entries,) = struct.unpack_from(f"{order}H", data, start)
+    sides: dict[int, int] = {}
+    for entry in range(entries):
+        tag, kind, count = struct.unpack_from(f"{order}HHI", data, start + 2 + 12 * entry)
+        if tag in (256, 257) and kind in (3, 4) and count == 1:
+            (sides[tag],) = struct.unpack_from(
+                f"{order}{'H' if kind == 3 else 'I'}", data, start + 10 + 12 * entry
+            )
+    return (sides[257], sides[256]) if len(sides) == 2 else None
+
+
+def _webp(data: bytes | memoryview) -> tuple[int, int] | None:
     kind = data[12:16]
     if kind == b"VP8L":
         (bits,) = struct.unpack_from("<I", data, 21)

@@ -1,7 +1,7 @@
 """One sample of a folder of shards, by its row of the index: one range read, checked, parsed, decoded.
 
 A range read returns the whole sample (its members stand together), its crc32 is checked every time, its
-tar headers are parsed strictly (`members`), its members are decoded by extension (`codecs`): nothing in a
+tar headers are parsed strictly (`members`), its members are decoded by extension (`tile`, `codecs`): nothing in a
 shard is ever unpickled, followed or written. Every error names shard, offset, key and what to do.
 """
 
@@ -12,17 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from geopose_dist.data import catalogue, codecs, urls
+from geopose_dist.data import catalogue, urls
 from geopose_dist.data.catalogue import open_shards
 from geopose_dist.data.manifest import ShardSet
 from geopose_dist.data.members import BLOCK, first_key, key_if_readable, parse_members
 from geopose_dist.data.remote import RemoteSource
-from geopose_dist.data.sample import U8, TileFacts, View
+from geopose_dist.data.sample import TileFacts, View, Window
 from geopose_dist.data.source import HINT, ByteSource, LocalSource, crc32
 from geopose_dist.data.store_recipe import StoreRecipe
+from geopose_dist.data.tile import Tile
 from geopose_dist.errors import UserError
-from geopose_dist.geometry import F32
-from geopose_dist.kernels import planes
 
 __all__ = ["Reader", "open_shards"]
 
@@ -87,28 +86,18 @@ class Reader:
         """Key of a sample and its members by extension, such as `rgb.qoi` (UserError)."""
         return parse_members(self.raw(index), self.where(index))
 
+    def tile(self, index: int) -> Tile:
+        """A sample that is read and checked, not yet decoded (UserError)."""
+        key, members = self.members(index)
+        return Tile.of(key, members, self.where(index))
+
     def facts(self, index: int) -> TileFacts:
         """What is known of a tile besides its pixels (UserError)."""
-        key, members = self.members(index)
-        return _facts(members, f"{self.where(index)}, {key}")
+        return self.tile(index).facts
 
-    def view(self, index: int) -> View:
-        """The decoded sample; heights in metres, NaN where unknown (UserError)."""
-        key, members = self.members(index)
-        where = f"{self.where(index)}, {key}"
-        facts = _facts(members, where)
-        rgb = _rgb(members, where, facts.size)
-        agl_m = _agl_m(members, where, facts.size)
-        return View(
-            key=key,
-            city=facts.city,
-            rgb=rgb,
-            agl_m=agl_m,
-            gsd_m=facts.gsd_m,
-            scale_px_per_m=facts.scale_px_per_m,
-            angle_rad=facts.angle_rad,
-            place=facts.place,
-        )
+    def view(self, index: int, window: Window | None = None) -> View:
+        """The decoded sample, or a window of it; heights in metres, NaN where unknown (UserError)."""
+        return self.tile(index).view(window)
 
     def _span(self, index: int) -> tuple[str, int, int, int]:
         number, _, offset, length, crc = self.shard_set.index[index].item()
@@ -136,34 +125,3 @@ def _source_of(shard_set: ShardSet) -> tuple[ByteSource, ShardSet]:
 
 def _reopen(folder: str, root: str, split: str, store: StoreRecipe, source: ByteSource | None) -> Reader:
     return Reader(catalogue.reopen(Path(folder), root, split, store), source)
-
-
-def _only(members: dict[str, memoryview], kind: str, where: str) -> str | None:
-    """Extension of the only member of a kind (`rgb.` or `agl.`), if there is one."""
-    found = [extension for extension in members if extension.startswith(kind)]
-    if len(found) > 1:
-        raise UserError(f"{where}: several members for one image: {', '.join(found)}; pack again")
-    return found[0] if found else None
-
-
-def _facts(members: dict[str, memoryview], where: str) -> TileFacts:
-    if "json" not in members:
-        raise UserError(f"{where}: no .json member among {', '.join(members)}; pack again")
-    return TileFacts.from_json(bytes(members["json"]), f"{where}.json")
-
-
-def _rgb(members: dict[str, memoryview], where: str, size: tuple[int, int]) -> U8:
-    extension = _only(members, "rgb.", where)
-    if extension is None:
-        raise UserError(f"{where}: no .rgb.* member among {', '.join(members)}; pack again")
-    name = extension.removeprefix("rgb.")
-    return codecs.decode_rgb(name, bytes(members[extension]), f"{where}.{extension}", size)
-
-
-def _agl_m(members: dict[str, memoryview], where: str, size: tuple[int, int]) -> F32 | None:
-    extension = _only(members, "agl.", where)
-    if extension is None:
-        return None
-    name = extension.removeprefix("agl.")
-    agl_cm = codecs.decode_agl(name, bytes(members[extension]), f"{where}.{extension}", size)
-    return planes.metres(agl_cm)
