@@ -26,8 +26,8 @@ class Behaviour:
     """How the server answers, changed by a test while it runs.
 
     Attributes:
-        script: what to do with the next requests: ok, 503, 429, 403, 404, hang, cut, wrong, slow, more,
-            or `redirect URL`.
+        script: what to do with the next requests: ok, a status such as 503 (`503 2`: come back in 2 s), hang,
+            cut, wrong, slow, more, zipped, or `redirect URL`.
         always: what to do once the script is used up.
         only: faults befall paths that end so.
         delay_s: before each answer's first byte.
@@ -43,6 +43,7 @@ class Behaviour:
     ranges: bool = True
     asked: list[tuple[str, str, str]] = field(default_factory=list)
     most_at_once: int = 0
+    connections: int = 0
     _now: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
     over: threading.Event = field(default_factory=threading.Event)
@@ -80,6 +81,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
+        self.behaviour.connections += 1
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
 
     def do_HEAD(self) -> None:
@@ -105,7 +107,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         file = self.root / path.lstrip("/")
         if word.isdigit() or not file.is_file():
-            self._refuse(int(word) if word.isdigit() else 404)
+            self._refuse(int(word) if word.isdigit() else 404, argument)
             return
         size = file.stat().st_size
         first, stop = 0, size
@@ -121,16 +123,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_response(200)
         length = stop - first + (1000 if word == "more" else 0)
         self.send_header("Content-Length", str(length))
+        self.send_header("Last-Modified", self.date_time_string(file.stat().st_mtime))
         self.send_header("ETag", f'"{size}-{file.stat().st_mtime_ns}"')
         if self.behaviour.ranges:
             self.send_header("Accept-Ranges", "bytes")
+        if word == "zipped":
+            self.send_header("Content-Encoding", "gzip")
         self.end_headers()
         if self.command != "HEAD":
             self._send(file, first, length, word)
 
-    def _refuse(self, status: int) -> None:
+    def _refuse(self, status: int, wait_s: str = "") -> None:
         body = b"<Error><Code>SlowDown</Code><Message>no, not now</Message></Error>"
         self.send_response(status)
+        if wait_s:
+            self.send_header("Retry-After", wait_s)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":

@@ -131,6 +131,8 @@ class _Translated:
             return stores.StoreRefusal(
                 f"{at}: the store answered {answered}; check the URL, store.endpoint and store.region"
             )
+        if answered.startswith("Generic"):  # none of what obstore tries again
+            return stores.StoreFailure(f"{at}: {answered}; see that this is a store of that kind")
         return stores.failure(at, answered, self.recipe)
 
 
