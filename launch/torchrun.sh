@@ -7,7 +7,8 @@
 #   NNODES=2 NODE_RANK=1 MASTER_ADDR=host0 CONFIG=train/base launch/torchrun.sh --data.shards S --out runs/a   (on host1)
 #
 # Words after the script's name go to `geopose train` as they are. Run the same command again to go on.
-# Exit codes: 0 done; 75 preempted after saving, run again; else torchrun's own (1: look at the first traceback above).
+# Exit codes: 0 done; 75 preempted after saving, or a rank was lost: run again; else torchrun's own (1: look at the
+# first traceback above).
 #
 #   CONFIG            recipe: a file or a shipped name (smoke)
 #   SHARDS, OUT       folder of shards and run folder, where --data.shards and --out are not among the words
@@ -118,8 +119,13 @@ done
 # torchrun exits 1 whatever its ranks exit with; what they meant is in the run folder. A state from before this start
 # does not count, or a run that fails at once would be queued again for ever.
 state=$OUT/state.json
-if [ "$code" != 0 ] && [ "$state" -nt "$began" ] && grep -q '"status": *"preempted"' "$state"; then
-  echo "launch/torchrun.sh: preempted after saving in $OUT; run the same command again to go on" >&2
-  exit 75
+if [ "$code" != 0 ] && [ "$state" -nt "$began" ]; then
+  if grep -q '"status": *"preempted"' "$state"; then
+    echo "launch/torchrun.sh: preempted after saving in $OUT; run the same command again to go on" >&2
+    exit 75
+  elif grep -q '"status": *"lost"' "$state"; then
+    echo "launch/torchrun.sh: a rank was lost; run the same command again to go on from the last checkpoint in $OUT" >&2
+    exit 75
+  fi
 fi
 exit "$code"

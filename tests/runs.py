@@ -51,10 +51,12 @@ def recipe(shards: Path, *options: str) -> TrainRecipe:
     return config.parse(TrainRecipe, words(shards, Path("unused"), *options)[1:], prog="test", description="")
 
 
-def launch(command: list[str], ranks: int) -> subprocess.Popen[str]:
-    """Start `geopose COMMAND` alone, or on `ranks` ranks by torchrun."""
+def launch(command: list[str], ranks: int, *options: str, **variables: str) -> subprocess.Popen[str]:
+    """Start `geopose COMMAND` alone, or on `ranks` ranks by torchrun with `options`."""
     torchrun = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *options]
+        if ranks > 1
+        else []
     )
     return subprocess.Popen(
         [sys.executable, *torchrun, "-m", "geopose_dist", *command],
@@ -63,8 +65,28 @@ def launch(command: list[str], ranks: int) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         # One thread, as each of two ranks has on two cores: more would sum in another order.
-        env=dict(os.environ, OMP_NUM_THREADS="1"),
+        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
     )
+
+
+def rank_processes(torchrun: subprocess.Popen[str]) -> dict[int, int]:
+    """Process ids of the ranks that torchrun started, by rank, from /proc."""
+    found: dict[int, int] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            if parent == torchrun.pid:
+                words = (folder / "environ").read_bytes().split(b"\0")
+                found |= {int(word[5:]): int(folder.name) for word in words if word.startswith(b"RANK=")}
+        except (OSError, IndexError):
+            continue  # a process that has just ended
+    return found
+
+
+def logged(run: Path) -> int:
+    """Lines of metrics so far."""
+    path = run / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 300) -> tuple[int, str]:

@@ -38,7 +38,7 @@ def run(recipe: TrainRecipe) -> None:
                 print(f"{opened.summary(world)}; nothing is wrong", file=sys.stderr)
             return
         session = open_session(recipe, world)
-        watch.on_lost = lambda: session.set_status("lost", for_all=True)
+        watch.on_lost = session.note_lost_peer
         try:
             if session.finished:
                 session.say(f"{recipe.out} is done: {session.progress.step} steps; nothing to do")

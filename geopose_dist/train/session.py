@@ -65,7 +65,7 @@ class Session:
     _began: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        self._elapsed_before_s = self.progress.elapsed_s
+        self._elapsed_before_s, self._first_step = self.progress.elapsed_s, self.progress.step
 
     def elapsed_s(self) -> float:
         """Time trained so far, over all starts."""
@@ -146,6 +146,11 @@ class Session:
         if self.world.is_first or for_all:
             state = {"status": status, "step": self.progress.step}
             files.write_bytes(self.recipe_path() / RUN_STATE, json.dumps(state).encode())
+
+    def note_lost_peer(self) -> None:
+        """Tell launchers to start again, from any rank; not if this start came to nothing, or they would for ever."""
+        if self.progress.step > self._first_step:
+            self.set_status("lost", for_all=True)
 
     def say(self, text: str) -> None:
         """Tell the user, once over all ranks."""

@@ -8,7 +8,6 @@ that the others do not take it for lost and try again for ever.
 
 from __future__ import annotations
 
-import datetime
 import os
 import re
 import sys
@@ -24,6 +23,7 @@ from geopose_dist.runtime import World
 
 GRACE_S = 5.0
 """How long the ranks that are left wait for each other's places, at most."""
+POLL_S = 0.05
 COLLECTIVE = re.compile(r"gloo|Connection (closed|reset) by peer|NCCL|Broken pipe")
 """What the errors of failed collectives say; gloo raises plain RuntimeErrors."""
 
@@ -39,6 +39,7 @@ class Watch:
         self.world, self.timeout_s, self.out = world, timeout_s, out
         self.on_lost: Callable[[], None] = lambda: None
         self._place, self._since, self._told = "the start", time.monotonic(), ""
+        self._store_gone = False
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -66,7 +67,7 @@ class Watch:
         self._say(f"ended/{self.world.rank}", f"{type(error).__name__}")
         dist.destroy_process_group(self.world.control)  # wakes those who wait for this rank
         if self.world.is_first:
-            self._keep_store()
+            self._keep_store(set(range(1, self.world.size)))
 
     def _look(self) -> None:
         """The thread: publish where this rank is stuck; on a GPU, where nothing raises, end the process."""
@@ -97,10 +98,13 @@ class Watch:
             for place in dict.fromkeys(places[r] for r in present)
         )
         absent = [rank for rank in range(self.world.size) if rank not in places]
-        silent = f"{_names(absent)} gave no answer" if absent else "all answer, but do not meet"
+        if self._store_gone:
+            silent = "rank 0, through which ranks tell where they are, gave no answer"
+        else:
+            silent = f"{_names(absent)} gave no answer" if absent else "all answer, but do not meet"
         return LostPeer(
-            f"rank {self.world.rank} waited {waited_s:.0f} s for the others (timeout_s {self.timeout_s:g}): {silent}; "
-            f"{told}; run the same command to go on from the last checkpoint in {self.out}"
+            f"rank {self.world.rank} lost its peers after waiting {waited_s:.0f} s (timeout_s {self.timeout_s:g}): "
+            f"{silent}; {told}; run the same command to go on from the last checkpoint in {self.out}"
         )
 
     def _ask(self) -> tuple[dict[int, str], dict[int, str]]:
@@ -116,39 +120,51 @@ class Watch:
                 name = f"place/{rank}"
                 if self._there(f"ended/{rank}", 0.0):
                     ended[rank] = self.world.store.get(f"ended/{rank}").decode()
-                elif self._there(name, max(until - time.monotonic(), 0.0)):
+                elif self._there(name, until - time.monotonic()):
                     places[rank] = self.world.store.get(name).decode()
             self._say(f"read/{self.world.rank}", "yes")
             if self.world.is_first:
-                self._keep_store()
+                self._keep_store(set(places) - {0})
 
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         asking.join(3 * self._grace_s())
+        self._store_gone |= asking.is_alive()
         return dict(places), dict(ended)
 
-    def _keep_store(self) -> None:
+    def _keep_store(self, readers: set[int]) -> None:
         """Rank 0 holds the store: let the others read before it goes."""
         until = time.monotonic() + self._grace_s()
-        for rank in range(1, self.world.size):
+        for rank in readers:
             if not self._there(f"ended/{rank}", 0.0):
-                self._there(f"read/{rank}", max(until - time.monotonic(), 0.0))
+                self._there(f"read/{rank}", until - time.monotonic())
 
     def _grace_s(self) -> float:
         return min(GRACE_S, self.timeout_s)
 
     def _say(self, name: str, value: str) -> None:
         try:
-            self.world.store.set(name, value)
+            if not self._store_gone:
+                self.world.store.set(name, value)
         except dist.DistError:
-            return  # the store went with rank 0, which is what there is to tell
+            self._store_gone = True  # with rank 0, which is what there is to tell
 
     def _there(self, name: str, wait_s: float) -> bool:
+        """Whether `name` is in the store, or comes within `wait_s`.
+
+        Asked for again and again, because torch writes a warning for every wait that ends without an answer.
+        """
+        until, pause = time.monotonic() + wait_s, threading.Event()
         try:
-            self.world.store.wait([name], datetime.timedelta(seconds=max(wait_s, 0.01)))
+            while not self._store_gone:
+                if self.world.store.check([name]):
+                    return True
+                if time.monotonic() >= until:
+                    return False
+                pause.wait(POLL_S)
         except dist.DistError:
-            return False
-        return True
+            self._store_gone = True
+        return False
 
 
 def _names(ranks: list[int]) -> str:
