@@ -1,7 +1,8 @@
 """The part of the build that pyproject.toml cannot say: the Cython kernels.
 
 `-O3` without `-march=native`: a wheel built here must run on every x86-64 or arm64 machine.
-Never `-ffast-math`: NaN means "unknown height" and must stay NaN.
+Never `-ffast-math`: NaN means "unknown height" and must stay NaN. `-ffp-contract=off`: a product and a sum
+rounded at once where a machine can, and twice where not, would let results depend on the machine.
 """
 
 import os
@@ -17,6 +18,7 @@ KERNELS = Path("geopose_dist/kernels")
 # GEOPOSE_SANITIZE=address,undefined builds the kernels under the sanitizers (see CONTRIBUTING.md).
 sanitize = os.environ.get("GEOPOSE_SANITIZE", "")
 flags = ["-O1", "-g", f"-fsanitize={sanitize}", "-fno-omit-frame-pointer"] if sanitize else ["-O3"]
+flags += ["-ffp-contract=off"]
 link = [f"-fsanitize={sanitize}"] if sanitize else []
 
 extensions = [

@@ -11,34 +11,11 @@ from libc.math cimport fabs
 
 from libc.stdint cimport int32_t, uint8_t
 
+cimport geopose_dist.kernels._clones
+from geopose_dist.kernels._colours cimport gp_colours, gp_line
+
 cdef extern from *:
     """
-    #include <math.h>
-    #include <stdint.h>
-    #include <string.h>
-    #if defined(__SSE2__)
-    #include <emmintrin.h>
-    #endif
-    #if defined(__GNUC__) && defined(__x86_64__)
-    #include <immintrin.h>
-    #define GP_AVX2 1
-    #endif
-    #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__GLIBC__) \
-        && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-    #define GP_CLONES __attribute__((target_clones("avx2", "default")))
-    #else
-    #define GP_CLONES
-    #endif
-
-    typedef struct {
-        double y0, x0;         /* place of column 0 of this output row */
-        double dy, dx;         /* what the next column adds */
-        double end_y, end_x;   /* last row and column of the tile */
-        double low_y, low_x;   /* first row and column of the part of it that the arrays hold */
-        double last_y, last_x; /* last row and column of that part */
-        int rows, cols;        /* of the arrays, at least 2 each */
-    } gp_line;
-
     /* Places of one output row, moved by shift along (dir_y, dir_x): at[i] = element of the upper left of
        the four neighbours or -1 outside, their weights, two 16-bit numbers each that sum to 128, and near[i] =
        the nearest of the four (of equals the later) or -1. Half a pixel around the outermost centres still is
@@ -69,18 +46,7 @@ cdef extern from *:
         }
     }
 
-    /* The shifts at the pixels nearest to the places of one output row, NaN outside. A row that is merely cut
-       out is copied. Not vectorised: single loads beat AVX2's gather instruction and its imitations. */
-    __attribute__((optimize("no-tree-vectorize")))
-    static void gp_moved(const float *restrict shift, const int32_t *restrict near, int n, float *restrict moved) {
-        for (int i = 0; i < n; i++) {
-            int32_t outside = near[i] >> 31, bits;
-            memcpy(&bits, &shift[near[i] & ~outside], 4);
-            bits |= outside;
-            memcpy(&moved[i], &bits, 4);
-        }
-    }
-
+    /* The shifts of a row that is merely cut out of the tile; 0 if it is not. */
     static int gp_cut_out(const float *shift, const gp_line *line, int n, float *moved) {
         if (line->dy != 0 || line->dx != 1 || line->y0 != floor(line->y0) || line->x0 != floor(line->x0)
             || line->y0 < line->low_y || line->y0 > line->last_y || line->x0 < line->low_x
@@ -89,100 +55,6 @@ cdef extern from *:
         const Py_ssize_t row = (Py_ssize_t)(line->y0 - line->low_y), col = (Py_ssize_t)(line->x0 - line->low_x);
         memcpy(moved, shift + row * line->cols + col, n * sizeof(float));
         return 1;
-    }
-
-    /* Bilinear colour of the pixels at p0, p0 + 3, p1, p1 + 3. Exact integers, so every build gives the same
-       bytes: (top * (128 - wy) + bottom * wy + 8192) >> 14, where top and bottom have 15 bits. */
-    static inline void gp_bilinear_plain(const uint8_t *p0, const uint8_t *p1, int32_t wx, int32_t wy, uint8_t *out) {
-        int a = wx & 0xffff, b = wx >> 16;
-        for (int c = 0; c < 3; c++)
-            out[c] = (uint8_t)(((p0[c] * a + p0[c + 3] * b) * (wy & 0xffff)
-                                + (p1[c] * a + p1[c + 3] * b) * (wy >> 16) + 8192) >> 14);
-    }
-
-    /* The same by SSE2, the baseline of x86-64; reads 7 bytes from p0 and p1, writes 4 to out. */
-    static inline void gp_bilinear(const uint8_t *p0, const uint8_t *p1, int32_t wx, int32_t wy, uint8_t *out) {
-    #if defined(__SSE2__)
-        int32_t a, b, c, d;
-        memcpy(&a, p0, 4); memcpy(&b, p0 + 3, 4); memcpy(&c, p1, 4); memcpy(&d, p1 + 3, 4);
-        const __m128i zero = _mm_setzero_si128(), wh = _mm_set1_epi32(wx), wv = _mm_set1_epi32(wy);
-        __m128i top = _mm_unpacklo_epi8(_mm_unpacklo_epi8(_mm_cvtsi32_si128(a), _mm_cvtsi32_si128(b)), zero);
-        __m128i bottom = _mm_unpacklo_epi8(_mm_unpacklo_epi8(_mm_cvtsi32_si128(c), _mm_cvtsi32_si128(d)), zero);
-        top = _mm_madd_epi16(top, wh);
-        bottom = _mm_madd_epi16(bottom, wh);
-        __m128i sum = _mm_madd_epi16(_mm_or_si128(top, _mm_slli_epi32(bottom, 16)), wv);
-        sum = _mm_srli_epi32(_mm_add_epi32(sum, _mm_set1_epi32(8192)), 14);
-        sum = _mm_packus_epi16(_mm_packs_epi32(sum, sum), zero);
-        a = _mm_cvtsi128_si32(sum);
-        memcpy(out, &a, 4);
-    #else
-        gp_bilinear_plain(p0, p1, wx, wy, out);
-    #endif
-    }
-
-    /* Colours of one output row; the plain form where the quick one would read or write past an end. */
-    static void gp_colours_plain(const uint8_t *rgb, const gp_line *line, int n, const int32_t *at, const int32_t *wx,
-                                 const int32_t *wy, const uint8_t *fill, uint8_t *out) {
-        const int32_t stride = 3 * line->cols, end = (line->rows - 2) * line->cols + line->cols - 2;
-        for (int i = 0; i < n; i++, out += 3) {
-            const uint8_t *p = rgb + 3 * (Py_ssize_t)at[i];
-            if (at[i] < 0)
-                memcpy(out, fill, 3);
-            else if (at[i] == end || i == n - 1)
-                gp_bilinear_plain(p, p + stride, wx[i], wy[i], out);
-            else
-                gp_bilinear(p, p + stride, wx[i], wy[i], out);
-        }
-    }
-
-    #ifdef GP_AVX2
-    /* The same sums for two pixels at a time where the machine has AVX2. Top and bottom of a pixel are the halves of
-       a register; reads 8 bytes from each row, which is past the end for the very last place only. */
-    __attribute__((target("avx2")))
-    static void gp_colours_avx2(const uint8_t *rgb, const gp_line *line, int n, const int32_t *at, const int32_t *wx,
-                                const int32_t *wy, const uint8_t *fill, uint8_t *out) {
-        const int32_t stride = 3 * line->cols, end = (line->rows - 2) * line->cols + line->cols - 2;
-        /* bytes R0 G0 B0 R1 G1 B1 to 16-bit R0 R1 G0 G1 B0 B1 */
-        const __m128i pairs = _mm_setr_epi8(0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1);
-        const __m256i both = _mm256_broadcastsi128_si256(pairs), half = _mm256_set1_epi32(8192);
-        int i = 0;
-        for (; i + 2 < n; i += 2, out += 6) {
-            if ((at[i] | at[i + 1]) < 0 || at[i] == end || at[i + 1] == end) {
-                gp_colours_plain(rgb, line, 2, at + i, wx + i, wy + i, fill, out);
-                continue;
-            }
-            const uint8_t *p = rgb + 3 * (Py_ssize_t)at[i], *q = rgb + 3 * (Py_ssize_t)at[i + 1];
-            __m256i a = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadl_epi64((const __m128i *)p)),
-                                                _mm_loadl_epi64((const __m128i *)(p + stride)), 1);
-            __m256i b = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadl_epi64((const __m128i *)q)),
-                                                _mm_loadl_epi64((const __m128i *)(q + stride)), 1);
-            a = _mm256_madd_epi16(_mm256_shuffle_epi8(a, both), _mm256_set1_epi32(wx[i]));
-            b = _mm256_madd_epi16(_mm256_shuffle_epi8(b, both), _mm256_set1_epi32(wx[i + 1]));
-            /* tops of both pixels, bottoms of both pixels, then weigh them against each other */
-            __m256i top = _mm256_permute2x128_si256(a, b, 0x20), bottom = _mm256_permute2x128_si256(a, b, 0x31);
-            __m256i wv = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_set1_epi32(wy[i])),
-                                                 _mm_set1_epi32(wy[i + 1]), 1);
-            __m256i sum = _mm256_madd_epi16(_mm256_or_si256(top, _mm256_slli_epi32(bottom, 16)), wv);
-            sum = _mm256_srli_epi32(_mm256_add_epi32(sum, half), 14);
-            sum = _mm256_packus_epi16(_mm256_packs_epi32(sum, sum), sum);
-            int32_t first = _mm_cvtsi128_si32(_mm256_castsi256_si128(sum));
-            int32_t second = _mm_cvtsi128_si32(_mm256_extracti128_si256(sum, 1));
-            memcpy(out, &first, 4);
-            memcpy(out + 3, &second, 4);
-        }
-        gp_colours_plain(rgb, line, n - i, at + i, wx + i, wy + i, fill, out);
-    }
-    #endif
-
-    static void gp_colours(const uint8_t *rgb, const gp_line *line, int n, const int32_t *at, const int32_t *wx,
-                           const int32_t *wy, const uint8_t *fill, uint8_t *out) {
-    #ifdef GP_AVX2
-        if (__builtin_cpu_supports("avx2")) {
-            gp_colours_avx2(rgb, line, n, at, wx, wy, fill, out);
-            return;
-        }
-    #endif
-        gp_colours_plain(rgb, line, n, at, wx, wy, fill, out);
     }
 
     /* First and last + 1 of the n columns of an output row whose places lie in the tile: they have no gap. */
@@ -249,20 +121,60 @@ cdef extern from *:
                 }
     }
 
-    /* Heights of one output row from the nearest pixels; where raised, the shift times per_shift if that pixel's
-       height is known. No conditions, which rotation makes unpredictable: h - h is NaN where h is not finite,
-       and all bits set outside are NaN as well. */
+    /* Bits of the floats at near[], all set where near is -1. Single loads beat AVX2's gather instruction, but four
+       neighbours in a row are one load. */
     __attribute__((optimize("no-tree-vectorize")))
-    static void gp_heights(const float *restrict agl, int n, const int32_t *restrict near, const float *restrict shift,
-                           int raised, float per_shift, float *restrict out) {
-        for (int i = 0; i < n; i++) {
+    static void gp_fetch(const float *restrict from, const int32_t *restrict near, int n, float *restrict out) {
+        int i = 0;
+    #if defined(__SSE2__)
+        const __m128i count = _mm_setr_epi32(0, 1, 2, 3);
+        for (; i + 4 <= n; i += 4) {
+            const __m128i first = _mm_sub_epi32(_mm_loadu_si128((const __m128i *)(near + i)), count);
+            if (near[i] >= 0 && _mm_movemask_epi8(_mm_cmpeq_epi32(first, _mm_shuffle_epi32(first, 0))) == 0xffff) {
+                _mm_storeu_ps(out + i, _mm_loadu_ps(from + near[i]));
+                continue;
+            }
+            for (int j = i; j < i + 4; j++) {
+                int32_t outside = near[j] >> 31, bits;
+                memcpy(&bits, &from[near[j] & ~outside], 4);
+                bits |= outside;
+                memcpy(&out[j], &bits, 4);
+            }
+        }
+    #endif
+        for (; i < n; i++) {
             int32_t outside = near[i] >> 31, bits;
-            float h = agl[near[i] & ~outside];
-            h = (h - h) + (raised ? shift[i] * per_shift : h);
-            memcpy(&bits, &h, 4);
+            memcpy(&bits, &from[near[i] & ~outside], 4);
             bits |= outside;
             memcpy(&out[i], &bits, 4);
         }
+    }
+
+    /* Heights as they were, or of what moved by so much; h - h is NaN where h is not finite. */
+    GP_CLONES static void gp_known(float *restrict out, int n) {
+        for (int i = 0; i < n; i++)
+            out[i] = (out[i] - out[i]) + out[i];
+    }
+
+    GP_CLONES static void gp_known_moved(float *restrict out, const float *restrict shift, int n, float per_shift) {
+        for (int i = 0; i < n; i++)
+            out[i] = (out[i] - out[i]) + shift[i] * per_shift;
+    }
+
+    static void gp_heights(const float *agl, int n, const int32_t *near, const float *shift, int raised,
+                           float per_shift, float *out) {
+        gp_fetch(agl, near, n, out);
+        if (raised)
+            gp_known_moved(out, shift, n, per_shift);
+        else
+            gp_known(out, n);
+    }
+
+    /* Ask for what rows further on will read. In a turned tile a pixel's neighbours lie in many rows, which no machine
+       foresees by itself; every second pixel is enough, because neighbouring rows ask for the others. */
+    static void gp_ahead(const void *base, int item, const int32_t *at, int n, Py_ssize_t away, int step) {
+        for (int i = 0; i < n; i += step)
+            __builtin_prefetch((const char *)base + ((Py_ssize_t)at[i] + away) * item);
     }
 
     GP_CLONES static int gp_inside(const int32_t *restrict at, int n, uint8_t *restrict inside) {
@@ -274,15 +186,11 @@ cdef extern from *:
         return outside;
     }
     """
-    ctypedef struct gp_line:
-        double y0, x0, dy, dx, end_y, end_x, low_y, low_x, last_y, last_x
-        int rows, cols
     void gp_places(const gp_line *line, const float *shift, double dir_y, double dir_x, int n,
                    int32_t *at, int32_t *wx, int32_t *wy, int32_t *near) noexcept nogil
-    void gp_moved(const float *shift, const int32_t *near, int n, float *moved) noexcept nogil
+    void gp_fetch(const float *source, const int32_t *near, int n, float *out) noexcept nogil
+    void gp_ahead(const void *base, int item, const int32_t *at, int n, Py_ssize_t away, int step) noexcept nogil
     int gp_cut_out(const float *shift, const gp_line *line, int n, float *moved) noexcept nogil
-    void gp_colours(const uint8_t *rgb, const gp_line *line, int n, const int32_t *at, const int32_t *wx,
-                    const int32_t *wy, const uint8_t *fill, uint8_t *out) noexcept nogil
     void gp_heights(const float *agl, int n, const int32_t *near, const float *shift, int raised, float per_shift,
                     float *out) noexcept nogil
     int gp_inside(const int32_t *at, int n, uint8_t *inside) noexcept nogil
@@ -294,6 +202,8 @@ cdef extern from *:
 
 cdef enum:
     BLOCK_COLS = 1024
+    CHUNK = 256  # pixels whose places and weights stay in the first cache meanwhile
+    AHEAD = 4    # rows
 
 
 def gather(const uint8_t[:, :, ::1] rgb, const float[:, ::1] agl_m, bint has_agl,
@@ -309,14 +219,16 @@ def gather(const uint8_t[:, :, ::1] rgb, const float[:, ::1] agl_m, bint has_agl
     """
     cdef Py_ssize_t out_rows = out_rgb.shape[0], out_cols = out_rgb.shape[1], r, c, top, left
     cdef Py_ssize_t outside = 0, strip = BLOCK_COLS
-    cdef int n, first, last
+    cdef Py_ssize_t away
+    cdef int n, first, last, done, some, step
+    cdef double y0, x0
     cdef float *heights
-    cdef int32_t at[BLOCK_COLS]
-    cdef int32_t wx[BLOCK_COLS]
-    cdef int32_t wy[BLOCK_COLS]
-    cdef int32_t near[BLOCK_COLS]
-    cdef float moved[BLOCK_COLS]
-    cdef float still[BLOCK_COLS]
+    cdef int32_t at[CHUNK]
+    cdef int32_t wx[CHUNK]
+    cdef int32_t wy[CHUNK]
+    cdef int32_t near[CHUNK]
+    cdef float moved[CHUNK]
+    cdef float still[CHUNK]
     cdef gp_line line
     line.rows = <int>rgb.shape[0]
     line.cols = <int>rgb.shape[1]
@@ -331,8 +243,10 @@ def gather(const uint8_t[:, :, ::1] rgb, const float[:, ::1] agl_m, bint has_agl
     # The wider a strip, the better for prefetching; but a strip's slant through the tile must fit the cache.
     if fabs(matrix[1]) * BLOCK_COLS > 64:
         strip = 128
+    away = <Py_ssize_t>(matrix[0] * AHEAD) * line.cols + <Py_ssize_t>(matrix[3] * AHEAD)
+    step = 2 if strip < BLOCK_COLS else 16  # a line of the cache is 16 heights or 21 colours
     with nogil:
-        for c in range(BLOCK_COLS):
+        for c in range(CHUNK):
             moved[c] = 0.0
             still[c] = 0.0
         top = 0
@@ -354,14 +268,27 @@ def gather(const uint8_t[:, :, ::1] rgb, const float[:, ::1] agl_m, bint has_agl
                     line.x0 = line.x0 + first * line.dx
                 c = left + first
                 last = last - first
-                if raised and not gp_cut_out(&shift[0, 0], &line, last, moved):
-                    gp_places(&line, still, 0.0, 0.0, last, at, wx, wy, near)
-                    gp_moved(&shift[0, 0], near, last, moved)
-                gp_places(&line, moved, dir_y, dir_x, last, at, wx, wy, near)
-                gp_colours(&rgb[0, 0, 0], &line, last, at, wx, wy, &fill[0], &out_rgb[r, c, 0])
-                if has_agl:
-                    gp_heights(&agl_m[0, 0], last, near, moved, raised, <float>agl_per_shift, &out_agl[r, c])
-                outside += gp_inside(at, last, &inside[r, c])
+                y0 = line.y0
+                x0 = line.x0
+                done = 0
+                while done < last:
+                    some = last - done if last - done < CHUNK else CHUNK
+                    line.y0 = y0 + done * line.dy
+                    line.x0 = x0 + done * line.dx
+                    if raised and not gp_cut_out(&shift[0, 0], &line, some, moved):
+                        gp_places(&line, still, 0.0, 0.0, some, at, wx, wy, near)
+                        gp_ahead(&shift[0, 0], 4, near, some, away, step)
+                        gp_fetch(&shift[0, 0], near, some, moved)
+                    gp_places(&line, moved, dir_y, dir_x, some, at, wx, wy, near)
+                    gp_ahead(&rgb[0, 0, 0], 3, at, some, away, step)
+                    if has_agl:
+                        gp_ahead(&agl_m[0, 0], 4, at, some, away, step)
+                    gp_colours(&rgb[0, 0, 0], &line, some, at, wx, wy, &fill[0], &out_rgb[r, c + done, 0])
+                    if has_agl:
+                        gp_heights(&agl_m[0, 0], some, near, moved, raised, <float>agl_per_shift,
+                                   &out_agl[r, c + done])
+                    outside += gp_inside(at, some, &inside[r, c + done])
+                    done = done + CHUNK
             left = left + strip
             if left >= out_cols:
                 left = 0

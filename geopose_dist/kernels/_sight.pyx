@@ -13,18 +13,12 @@ Cost: tiles of 16 x 64 pixels skip the stretches of their lines on which nothing
 from libc.math cimport NAN, isfinite
 from libc.stdlib cimport free, malloc
 
+cimport geopose_dist.kernels._clones
 from geopose_dist.kernels._path cimport nearest, step_length
 
 cdef extern from *:
     """
-    /* Runtime dispatch without -march=native: the loader picks the widest clone that the machine has. The
-       clones do the same IEEE operations in the same order, so results do not depend on the machine. */
-    #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__GLIBC__) \
-        && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-    #define GP_CLONES __attribute__((target_clones("avx2", "default")))
-    #else
-    #define GP_CLONES
-    #endif
+    #include <string.h>
 
     /* last[i] = k where the surface k steps along is at least t pixels tall; k only grows, so max will do. */
     GP_CLONES static void gp_march(const float *restrict src, int *restrict last, Py_ssize_t n, float t, int k) {
@@ -55,10 +49,22 @@ cdef extern from *:
     __attribute__((optimize("no-tree-vectorize")))
     static void gp_fetch(const float *restrict from, const int *restrict off, const int *restrict last,
                          float *restrict lo, float *restrict hi, Py_ssize_t n) {
-        for (Py_ssize_t i = 0; i < n; i++) {
+        Py_ssize_t i = 0;
+        for (; i + 4 <= n; i += 4) {
             const int *o = off + last[i];
-            lo[i] = from[i + o[0]];
-            hi[i] = from[i + o[1]];
+            if (last[i] == last[i + 1] && last[i] == last[i + 2] && last[i] == last[i + 3]) {
+                memcpy(lo + i, from + i + o[0], 16);
+                memcpy(hi + i, from + i + o[1], 16);
+                continue;
+            }
+            for (Py_ssize_t j = i; j < i + 4; j++) {
+                lo[j] = from[j + off[last[j]]];
+                hi[j] = from[j + off[last[j] + 1]];
+            }
+        }
+        for (; i < n; i++) {
+            lo[i] = from[i + off[last[i]]];
+            hi[i] = from[i + off[last[i] + 1]];
         }
     }
 
