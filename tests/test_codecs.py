@@ -1,10 +1,12 @@
 """Codecs: exact round trips, and one sentence for every way in which bytes can be wrong."""
 
+import io
 import struct
 
 import imagecodecs
 import numpy as np
 import pytest
+import tifffile
 
 from geopose_dist.data import codecs
 from geopose_dist.data.image_headers import claimed_size
@@ -117,3 +119,10 @@ def test_unknown_extensions_are_refused(extension):
         codecs.decode_rgb(extension, b"\x80\x04N.", "K")
     with pytest.raises(UserError, match="not known; wanted one of: qoi"):
         codecs.encode_rgb(extension or "?", RGB)
+
+
+@pytest.mark.parametrize("compression", [None, "lzw", "deflate"])
+def test_tiffs_of_other_writers_are_read(compression):
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, AGL, compression=compression)
+    np.testing.assert_array_equal(codecs.decode_agl("tif", buffer.getvalue(), "K", AGL.shape), AGL)

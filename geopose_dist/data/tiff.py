@@ -109,8 +109,9 @@ class _Readable(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any, /) -> int:
-        part = self._data[self._at : self._at + len(buffer)]
-        buffer[: len(part)] = part
+        target = memoryview(buffer).cast("B")  # tifffile reads bare pixels into arrays of uint16
+        part = self._data[self._at : self._at + len(target)]
+        target[: len(part)] = part
         self._at += len(part)
         return len(part)
 
