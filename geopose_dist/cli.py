@@ -73,6 +73,12 @@ VERBS: dict[str, Verb] = {
         "geopose_dist.train.recipe:TrainRecipe",
         "geopose_dist.train.loop:run",
     ),
+    "replay": Verb(
+        "run a batch that gave a loss that is not finite once more, and say where it went wrong",
+        "geopose_dist.train.recipe:ReplayRecipe",
+        "geopose_dist.train.replay:run",
+        positional="batch",
+    ),
     "predict": Verb(
         "predict poses of many tiles on Ray; challenge files out",
         "geopose_dist.infer.recipe:PredictRecipe",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from geopose_dist.augment.recipe import AugmentRecipe
@@ -216,3 +217,23 @@ class TrainRecipe:
                 f"checkpoint_activations with compile {self.compile}: torch.compile chooses by itself what to compute "
                 "again; set one of them off"
             )
+
+
+@dataclass(frozen=True)
+class ReplayRecipe:
+    """Which saved batch, and how it is run again."""
+
+    batch: list[Path]
+    """Folders RUN/nonfinite/step-NNNNNNNN, or run folders (their newest such step)."""
+    rank: int | None = None
+    """Look at the micro-batches of this rank only; unset: of all ranks."""
+    checkpoint: Path | None = None
+    """Weights to use; unset: those saved beside the batch."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run it; another device rounds differently."""
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] | None = None
+    """Arithmetic of the network; unset: the run's. fp32 shows whether the rounding is to blame."""
+
+    def __post_init__(self) -> None:
+        if not self.batch:
+            raise ValueError("batch is empty; name a folder RUN/nonfinite/step-NNNNNNNN, or a run folder")
