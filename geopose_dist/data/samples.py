@@ -1,7 +1,8 @@
 """What a loader worker does: a list of requests in, a packed batch out.
 
-Read, decode, augment, pack, with random numbers keyed by (seed, visit, sample, crop), so that it does not
-matter which worker of which rank does it, or when. Errors come back as values with the sample's name.
+Read, draw, decode, augment, pack, with random numbers keyed by (seed, visit, sample, crop), so that it does not
+matter which worker of which rank does it, or when. Drawing comes before decoding, which is then of the window that
+the draw reads. Errors come back as values with the sample's name.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -20,11 +21,29 @@ from geopose_dist.data.permutation import fold
 from geopose_dist.data.reader import Reader
 from geopose_dist.data.recipe import DataRecipe
 from geopose_dist.data.ring import Parked, Ring
-from geopose_dist.data.sample import View
+from geopose_dist.data.sample import Outline, View, Window
 from geopose_dist.data.stores import StoreFailure, StoreRefusal
 from geopose_dist.errors import UserError
 
 Transform = Callable[[View, np.random.Generator], View]
+
+
+@runtime_checkable
+class Windowed(Protocol):
+    """A transform that draws before it sees pixels, so that only the window which it will read is decoded."""
+
+    def draw(self, tile: Outline, rng: np.random.Generator) -> Any:
+        """Everything random about a sample."""
+        ...
+
+    def window(self, tile: Outline, drawn: Any) -> Window:
+        """What of the tile `apply` reads for it."""
+        ...
+
+    def apply(self, view: View, drawn: Any) -> View:
+        """Do it; `view` holds at least the window."""
+        ...
+
 
 REPLACEMENTS = 16
 """Samples drawn in the place of a damaged one before giving up: then most of the data set is gone."""
@@ -67,7 +86,9 @@ class Samples(Dataset[Any]):
         ring: the memory in which workers leave their batches; None: they travel in memory of their own.
     """
 
-    def __init__(self, reader: Reader, recipe: DataRecipe, seed: int, transform: Transform | None) -> None:
+    def __init__(
+        self, reader: Reader, recipe: DataRecipe, seed: int, transform: Transform | Windowed | None
+    ) -> None:
         self.reader, self.recipe, self.seed, self.transform = reader, recipe, seed, transform
         self.ring: Ring | None = None
 
@@ -98,27 +119,39 @@ class Samples(Dataset[Any]):
             return Failure(sentence, traceback.format_exc(), users=False)
 
     def _view(self, at: Request, substitutions: list[Substitution]) -> View:
-        view, index, crop = self._read(at, substitutions)
-        if self.transform is None:
-            return view
-        return self.transform(view, generator_for(self.seed, at.visit, index, crop))
-
-    def _read(self, at: Request, substitutions: list[Substitution]) -> tuple[View, int, int]:
         """The sample asked for or, by policy, the keyed replacement of a damaged one."""
         index, first = at.index, ""
         for attempt in range(1, REPLACEMENTS + 1):
-            try:
-                view = self.reader.view(index)
-            except UserError as error:
-                if self.recipe.on_damage == "stop" or isinstance(error, StoreRefusal):
-                    raise
-                first = first or str(error)
-                index = fold(self.seed, plans.PURPOSE_SUBSTITUTE, at.position, attempt) % len(self.reader)
-                continue
-            if first:
-                substitutions.append(Substitution(at.position, self._name(at.index), first, view.key))
-            return view, index, attempt - 1
+            made = self._made(index, generator_for(self.seed, at.visit, index, attempt - 1))
+            if isinstance(made, View):
+                if first:
+                    substitutions.append(Substitution(at.position, self._name(at.index), first, made.key))
+                return made
+            if self.recipe.on_damage == "stop" or isinstance(made, StoreRefusal):
+                raise made
+            first = first or str(made)
+            index = fold(self.seed, plans.PURPOSE_SUBSTITUTE, at.position, attempt) % len(self.reader)
         raise UserError(f"{first}; and the {REPLACEMENTS} samples drawn to replace it cannot be read either")
+
+    def _made(self, index: int, rng: np.random.Generator) -> View | UserError:
+        """A sample as training wants it, or what is damaged about it; other mistakes, such as a crop larger than
+        the tile, are raised."""
+        transform, drawn, window = self.transform, None, None
+        try:
+            tile = self.reader.tile(index)
+            outline = tile.outline if isinstance(transform, Windowed) else None
+        except UserError as error:
+            return error
+        if isinstance(transform, Windowed) and outline is not None:
+            drawn = transform.draw(outline, rng)
+            window = transform.window(outline, drawn)
+        try:
+            view = tile.view(window)
+        except UserError as error:
+            return error
+        if isinstance(transform, Windowed):
+            return transform.apply(view, drawn)
+        return view if transform is None else transform(view, rng)
 
     def _name(self, index: int) -> str:
         try:
