@@ -2,7 +2,8 @@
 
 `process_map` runs a picklable function over items in worker processes and yields results in the order of
 the items, with a bounded number in flight, so memory does not grow with the work list. An exception in
-the function reaches the caller as itself; a worker that dies (killed, out of memory) is named.
+the function reaches the caller as itself; a worker that dies (killed, out of memory) is named. `ray_map` is
+the same on a Ray cluster, where work of a worker or node that dies is done again elsewhere.
 `Actors` starts workers that keep a state, such as a network on a GPU: as Ray actors, on this machine or a
 cluster, as plain processes, or inside this process. All three answer with futures; who tries what again
 is the caller's business (`infer.dispatch`).
@@ -30,6 +31,8 @@ from geopose_dist.errors import FinishedWithFailures, UserError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+TASK_RETRIES = 4
+"""How often an item of `ray_map` is tried again after its worker or node died."""
 OBJECT_STORE_BYTES = 100_000_000
 """Ray's shared memory: only names and small reports travel through it, pixels never do."""
 
@@ -110,6 +113,93 @@ def process_map(
                 future.cancel()
 
 
+def ray_map(
+    function: Callable[[Item], Result], items: Iterable[Item], *, address: str, workers: int = 0
+) -> Iterator[Result]:
+    """Results of `function` over `items`, in order, computed one per core by the Ray cluster at `address`.
+
+    At most `workers` items are in flight (0: two per core that the cluster has by then). An item whose worker or
+    node dies is done again, so `function` must be safe to repeat. Raises what the function raises, and
+    FinishedWithFailures if an item kills worker after worker.
+    """
+    if not ray_is_installed():
+        raise UserError(f"--ray-address {address}: Ray is not installed here; pip install ray")
+    owns = _join_ray(address, cpus=0, use_gpus=False)
+    import ray
+    from ray import exceptions
+
+    task: Any = ray.remote(cast(Any, _call_there)).options(num_cpus=1, max_retries=TASK_RETRIES)
+    waiting: deque[Any] = deque()
+
+    def next_result() -> Result:
+        try:
+            result: Result = ray.get(waiting[0])
+        except exceptions.RayTaskError as error:
+            raise error.cause from None
+        except exceptions.RayError as error:
+            raise FinishedWithFailures(
+                f"one item ended {TASK_RETRIES + 1} workers of the cluster at {address} ({type(error).__name__}: "
+                "killed, out of memory, or their nodes lost); look at its nodes, then run the same command again"
+            ) from error
+        waiting.popleft()
+        return result
+
+    try:
+        for item in items:
+            waiting.append(task.remote(function, item))
+            while len(waiting) >= (workers or 2 * _ray_cpus()):
+                yield next_result()
+        while waiting:
+            yield next_result()
+    finally:
+        for reference in waiting:
+            ray.cancel(reference, force=True)
+        if owns:
+            ray.shutdown()
+
+
+def _call_there(function: Callable[[Item], Result], item: Item) -> Result:
+    one_thread()
+    return function(item)
+
+
+def _ray_cpus() -> int:
+    """Cores of the cluster now; nodes come and go."""
+    import ray
+
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return max(1, int(resources.get("CPU", 1)))
+
+
+def _join_ray(address: str, *, cpus: int, use_gpus: bool) -> bool:
+    """Join the cluster at `address`, or start one of this machine; whether it is ours to leave again."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry unless somebody asks for it
+    # Without it Ray warns, once an actor has no GPU, of what a later version will do then.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if ray.is_initialized():
+        return False
+    if address:
+        try:
+            ray.init(address=address, logging_level=logging.WARNING)
+        except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+            raise UserError(
+                f"--ray-address {address}: cannot be joined ({error}); start a cluster with "
+                "`ray start --head`, with the same RAY_AUTH_TOKEN here and there"
+            ) from error
+        return True
+    ray.init(
+        address="local",  # never a cluster that RAY_ADDRESS happens to name
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        num_cpus=cpus,
+        num_gpus=None if use_gpus else 0,
+        logging_level=logging.WARNING,
+    )
+    return True
+
+
 Make = Callable[[int], Callable[[Any], Any]]
 """Makes a worker from the number of its GPU on its machine: a function that keeps its state."""
 
@@ -169,30 +259,9 @@ class Actors:
         return self
 
     def _connect(self) -> None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry unless somebody asks for it
-        # Without it Ray warns, once an actor has no GPU, of what a later version will do then.
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         import ray
 
-        if not ray.is_initialized():
-            self._owns_ray = True
-            if self._address:
-                try:
-                    ray.init(address=self._address, logging_level=logging.WARNING)
-                except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-                    raise UserError(
-                        f"--ray-address {self._address}: cannot be joined ({error}); start a cluster with "
-                        "`ray start --head`, with the same RAY_AUTH_TOKEN here and there"
-                    ) from error
-            else:
-                ray.init(
-                    address="local",  # never a cluster that RAY_ADDRESS happens to name
-                    include_dashboard=False,
-                    object_store_memory=OBJECT_STORE_BYTES,
-                    num_cpus=self.cpus,
-                    num_gpus=None if self._use_gpus else 0,
-                    logging_level=logging.WARNING,
-                )
+        self._owns_ray = _join_ray(self._address, cpus=self.cpus, use_gpus=self._use_gpus)
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         self.cpus = int(resources.get("CPU", 1))
         self.gpus = int(resources.get("GPU", 0)) if self._use_gpus else 0

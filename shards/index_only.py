@@ -2,38 +2,58 @@
 
 Shards are walked header by header and every sample is inspected, so the index is only ever of sound shards;
 the images themselves are not decoded (that is `geopose verify --deep`). A shard's split is its name up to
-the number: `val-000003.tar` is of `val`, and a name without such a part is `train`.
+the number: `val-000003.tar` is of `val`, and a name without such a part is `train`. With `--source URL` the
+shards stay in their store, and `--out` is a folder with manifest and index, which names that URL.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from geopose_dist import metrics_log, pool
-from geopose_dist.data import manifest
+from geopose_dist.data import manifest, urls
 from geopose_dist.errors import FoundProblems, UserError
-from shards import pack_write, tallies, tars
+from shards import fetch, pack_write, tallies, tars
 from shards.inspection import inspect
+from shards.pack_place import open_place
 from shards.pack_plan import PlannedShard
+from shards.pack_recipe import PackRecipe
 from shards.pack_state import Record
+
+MAX_SHARD_BYTES = 1 << 40
+"""More of one object than a disk could hold is not fetched."""
 
 _NAME = re.compile(r"(?P<split>[A-Za-z0-9]+)-[\d_-]*\d\.tar")
 
 
-def run(out: Path, *, workers: int = 0) -> None:
-    """Write `manifest.json` and `index.npy` beside the tars of a folder (UserError, FoundProblems)."""
-    if not out.is_dir():
-        raise UserError(f"{out}: no such folder; wanted one with the shards to index")
-    if (out / manifest.MANIFEST_NAME).is_file() and "index_only" not in manifest.read_manifest(out).recipe:
+def run(recipe: PackRecipe) -> None:
+    """Write `manifest.json` and `index.npy` beside the tars of a place (UserError, FoundProblems)."""
+    out = urls.shown(recipe.out)
+    about: dict[str, Any] = {"index_only": True}
+    if not urls.is_url(recipe.source or recipe.out) and not Path(recipe.source or recipe.out).is_dir():
+        raise UserError(
+            f"{recipe.source or out}: no such folder; wanted --out with the shards to index, or --source with "
+            "their URL"
+        )
+    if recipe.source:
+        about |= {"shards_url": _url_of(recipe.source)}
+    place = open_place(recipe.out, recipe.store, recipe.scratch)
+    there = place.read(manifest.MANIFEST_NAME)
+    if there is not None and not _is_ours(there):
         raise UserError(f"{out}: has a manifest of `geopose pack` already; remove it to make another")
-    tar_files = sorted(path for path in out.glob("*.tar") if not path.name.startswith("."))
-    if not tar_files:
-        raise UserError(f"{out}: no *.tar in it; wanted WebDataset shards to index")
-    shards = sorted((_split(path.name), path.name) for path in tar_files)
+    tar_place = open_place(recipe.source, recipe.store, recipe.scratch) if recipe.source else place
+    shards = sorted((_split(name), name) for name in tar_place.sizes() if not name.startswith("."))
+    if not shards:
+        raise UserError(f"{urls.shown(tar_place.out)}: no *.tar in it; wanted WebDataset shards to index")
     results = pool.process_map(
-        _read, [out / name for _, name in shards], workers=min(workers or pool.usable_cores(), len(shards))
+        functools.partial(_read, tar_place.out, recipe),
+        [name for _, name in shards],
+        workers=min(recipe.workers or pool.usable_cores(), len(shards)),
     )
     records, problems = [], []
     for result in metrics_log.track(results, total=len(shards), label="index", unit="shards"):
@@ -43,12 +63,31 @@ def run(out: Path, *, workers: int = 0) -> None:
             records.append(result)
     problems += _twice([name for _, name in shards], records) if not problems else []
     if problems:
-        raise FoundProblems(f"{out}: {len(problems)} problems; nothing is written:", problems)
+        raise FoundProblems(
+            f"{urls.shown(tar_place.out)}: {len(problems)} problems; nothing is written:", problems
+        )
     planned = [PlannedShard(name, split, ()) for split, name in shards]
-    pack_write.write_manifest(out, {"index_only": True}, planned, records)
+    pack_write.write_manifest(place, about, planned, records)
     print(
         f"pack: indexed {sum(len(r.rows) for r in records)} samples in {len(shards)} shards", file=sys.stderr
     )
+
+
+def _url_of(source: str) -> str:
+    """The URL of shards that stay where they are (UserError for a folder)."""
+    if not urls.is_url(source):
+        raise UserError(
+            f"--source {source}: --index-only indexes the shards in --out; only a URL may be named by --source"
+        )
+    return str(urls.parse(source))
+
+
+def _is_ours(there: bytes) -> bool:
+    """Whether a manifest was written by this job, and may be written again."""
+    try:
+        return "index_only" in json.loads(there)["recipe"]
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _split(name: str) -> str:
@@ -56,8 +95,16 @@ def _split(name: str) -> str:
     return match["split"] if match else "train"
 
 
-def _read(path: Path) -> Record | str:
+def _read(shards: str, recipe: PackRecipe, name: str) -> Record | str:
     """The record of a shard, or what is wrong with it."""
+    if not urls.is_url(shards):
+        return _read_file(Path(shards) / name)
+    with fetch.local_copy(shards, name, recipe.store, limit=MAX_SHARD_BYTES, scratch=recipe.scratch) as path:
+        found = _read_file(path)
+        return found.replace(str(path), urls.join(shards, name)) if isinstance(found, str) else found
+
+
+def _read_file(path: Path) -> Record | str:
     rows = []
     sums: dict[str, tallies.Tally] = {}
     try:

@@ -1,22 +1,26 @@
 """`geopose pack`: a dataset to WebDataset shards with a manifest; parallel, resumable, repeatable by byte.
 
 Tiles are decoded, checked, reduced and encoded by worker processes and written, in the plan's order, by this
-one. Finished shards wait in a dot-folder until all are there; then they take their places, and the manifest
-last: a folder without one is unfinished. If tiles turn out damaged, all of them are named; within
-`skip_damaged` the plan is made again without them, so shards stay equal in size.
+one; on a Ray cluster each task writes a whole shard. Finished shards wait in a dot-folder until all are there, or
+stand in a store under their own names; the manifest comes last: a place without one is unfinished. If tiles turn
+out damaged, all of them are named; within `skip_damaged` the plan is made again without them, so shards stay equal
+in size.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from geopose_dist.data import urls
 from geopose_dist.errors import FinishedWithFailures, FoundProblems, UserError
 from shards.pack_recipe import CodecRecipe, PackRecipe
 
 if TYPE_CHECKING:
+    from shards.encode import Damaged, Job
     from shards.layouts import Tile
     from shards.pack_plan import PlannedShard
     from shards.pack_state import State
@@ -29,7 +33,7 @@ def run(recipe: PackRecipe) -> None:
     if recipe.index_only:
         from shards import index_only
 
-        index_only.run(Path(recipe.out), workers=recipe.workers)
+        index_only.run(recipe)
         return
     from shards import tars
 
@@ -38,17 +42,21 @@ def run(recipe: PackRecipe) -> None:
     except OSError as error:
         if error.errno not in tars.FULL:
             raise
+        where = error.filename if urls.is_url(recipe.out) and error.filename else urls.shown(recipe.out)
         raise UserError(
-            f"{recipe.out}: the disk is full ({error.strerror}); what is finished is kept; free some space and "
+            f"{where}: the disk is full ({error.strerror}); what is finished is kept; free some space and "
             "run the same command again, or remove the folder"
         ) from error
 
 
 def _pack(recipe: PackRecipe) -> None:
-    from shards import layouts, pack_plan, tars
+    from shards import layouts, pack_plan
+    from shards.pack_place import open_place
     from shards.pack_state import State
 
-    layout = layouts.scan(Path(recipe.source))
+    # Other machines of a cluster work in other folders.
+    source = Path(recipe.source).resolve() if recipe.ray_address else Path(recipe.source)
+    layout = layouts.scan(source)
     tiles = {tile.key: tile for tile in layout.tiles}
     split_of = pack_plan.splits_of(layout.tiles, Path(recipe.split) if recipe.split else None)
     faults = [problem.sentence for problem in layout.problems if problem.key is None]
@@ -66,8 +74,11 @@ def _pack(recipe: PackRecipe) -> None:
             )
         )
         return
-    tars.make_folder(Path(recipe.out))
-    state = State(Path(recipe.out), {"recipe": recipe.about(), "source": str(Path(recipe.source).resolve())})
+    out = recipe.out if urls.is_url(recipe.out) else str(Path(recipe.out).resolve())
+    place = open_place(out if recipe.ray_address else recipe.out, recipe.store, recipe.scratch)
+    # Machines that share a store only may hold the source at different paths.
+    where = source.resolve().name if place.is_store else str(source.resolve())
+    state = State(place, {"recipe": recipe.about(), "source": where})
     state.begin(sorted(tiles))
     bad |= {key: text for key, text in state.damaged(tiles).items() if key not in bad}
     while True:
@@ -117,37 +128,55 @@ def _samples_per_shard(recipe: PackRecipe, tiles: list[Tile]) -> int:
 
 def _write_missing(recipe: PackRecipe, state: State, shards: list[PlannedShard]) -> dict[str, str]:
     """Write the shards of this part that are not there yet; the tiles that could not be packed."""
+    number, count = recipe.part_of()
+    mine = shards[number - 1 :: count]
+    records = state.records(mine, check_bytes=True)
+    todo = [shard for shard, record in zip(mine, records, strict=True) if record is None]
+    if not todo:
+        return {}
+    state.unfinish()
+    results = (_on_cluster if recipe.ray_address else _here)(recipe, state, todo)
+    return {one.key: one.sentence for found in results for one in found}
+
+
+def _here(recipe: PackRecipe, state: State, todo: list[PlannedShard]) -> Iterator[list[Damaged]]:
+    """Encode in processes of this machine, write in this one."""
     from geopose_dist import metrics_log, pool
     from shards import pack_write
-    from shards.encode import Job, encode
+    from shards.encode import encode
 
-    number, count = recipe.part_of()
-    todo = [s for s in shards[number - 1 :: count] if state.record(s, check_bytes=True) is None]
-    jobs = [
-        Job(
-            tile,
-            recipe.reduce,
-            recipe.codec.rgb,
-            recipe.codec.agl,
-            recipe.odd_sizes == "crop",
-            recipe.reduce_by,
-        )
-        for shard in todo
-        for tile in shard.tiles
-    ]
-    damaged: dict[str, str] = {}
-    if not jobs:
-        return damaged
+    jobs = [job for shard in todo for job in jobs_of(recipe, shard)]
     results = pool.process_map(encode, jobs, workers=min(recipe.workers or pool.usable_cores(), len(jobs)))
     tracked = metrics_log.track(results, total=len(jobs), label="pack")
     for shard in todo:
-        damaged |= {one.key: one.sentence for one in pack_write.write_shard(state, shard, tracked)}
-    return damaged
+        yield pack_write.write_shard(state.place, shard, state.fingerprint(shard), tracked)
+
+
+def _on_cluster(recipe: PackRecipe, state: State, todo: list[PlannedShard]) -> Iterator[list[Damaged]]:
+    """Encode and write whole shards on the nodes of a Ray cluster: pixels never pass through this machine."""
+    from geopose_dist import metrics_log, pool
+    from shards.pack_write import ShardJob, pack_shard
+
+    jobs = [
+        ShardJob(state.place, shard, state.fingerprint(shard), tuple(jobs_of(recipe, shard)))
+        for shard in todo
+    ]
+    results = pool.ray_map(pack_shard, jobs, address=recipe.ray_address, workers=recipe.workers)
+    yield from metrics_log.track(results, total=len(jobs), label="pack", unit="shards")
+
+
+def jobs_of(recipe: PackRecipe, shard: PlannedShard) -> Iterator[Job]:
+    """How each tile of a shard is stored."""
+    from shards.encode import Job
+
+    crop = recipe.odd_sizes == "crop"
+    for tile in shard.tiles:
+        yield Job(tile, recipe.reduce, recipe.codec.rgb, recipe.codec.agl, crop, recipe.reduce_by)
 
 
 def _finish(recipe: PackRecipe, state: State, shards: list[PlannedShard]) -> bool:
     """Publish if every shard is there; whether that was so."""
-    records = [state.record(shard, check_bytes=False) for shard in shards]
+    records = state.records(shards, check_bytes=False)
     whole = [record for record in records if record is not None]
     if len(whole) < len(shards):
         print(
@@ -159,9 +188,9 @@ def _finish(recipe: PackRecipe, state: State, shards: list[PlannedShard]) -> boo
     from shards import pack_write
 
     state.publish(shards)
-    pack_write.write_manifest(state.out, recipe.about(), shards, whole)
+    pack_write.write_manifest(state.place, recipe.about(), shards, whole)
     print(
-        f"pack: {sum(len(r.rows) for r in whole)} tiles in {len(shards)} shards in {state.out}",
+        f"pack: {sum(len(r.rows) for r in whole)} tiles in {len(shards)} shards in {urls.shown(recipe.out)}",
         file=sys.stderr,
     )
     return True

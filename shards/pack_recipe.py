@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from geopose_dist.data.store_recipe import StoreRecipe
+
 WAVELET_FACTORS = (2, 4, 8, 16, 32)
 """What a wavelet can reduce by: it halves."""
 
@@ -14,9 +16,9 @@ WAVELET_FACTORS = (2, 4, 8, 16, 32)
 class CodecRecipe:
     """How pixels are stored."""
 
-    rgb: Literal["qoi", "png", "htj2k", "webp", "jpg", "gpz"] = "qoi"
+    rgb: Literal["qoi", "png", "htj2k", "webp", "jpg", "gpz", "tiled"] = "qoi"
     """qoi decodes fastest, htj2k and webp are smaller; all lossless but jpg (quality 95, 4:4:4, a third)."""
-    agl: Literal["lerc", "tif", "png", "htj2k", "gpz"] = "lerc"
+    agl: Literal["lerc", "tif", "png", "htj2k", "gpz", "tiled"] = "lerc"
     """Heights in uint16 centimetres, always lossless: lerc decodes fastest, tif opens everywhere."""
 
 
@@ -27,7 +29,7 @@ class PackRecipe:
     source: str = ""
     """Dataset: the challenge's folder, the US3D release, or a folder of CITY_ID_RGB.* files."""
     out: str = ""
-    """Folder for the shards; run the same command again to go on after a stop."""
+    """Folder, or s3://, gs:// or az:// prefix, for the shards; run the same command again to go on after a stop."""
     split: str = ""
     """File of `geopose split`; without one every labelled tile is `train`."""
     reduce: int = 2
@@ -43,13 +45,19 @@ class PackRecipe:
     seed: int = 0
     """Key of the one shuffle."""
     workers: int = 0
-    """Processes; 0: one per core."""
+    """Processes; 0: one per core of this machine, or of the Ray cluster."""
+    ray_address: str = ""
+    """Pack on a Ray cluster, `auto` or its address: every node reads `source` and writes `out`, whole shards each."""
+    scratch: str = ""
+    """Folder for one shard per process on its way to a store; unset: the system's folder for temporary files."""
+    store: StoreRecipe = field(default_factory=StoreRecipe)
+    """Reaching the store that `out` names."""
     odd_sizes: Literal["refuse", "crop"] = "refuse"
     """Tiles whose sides are no multiples of `reduce`: an error naming them, or their last pixels go."""
     skip_damaged: int = 0
     """Up to this many damaged tiles are left out and named (exit code 1); one more stops the packing."""
     part: str = "1/1"
-    """i/n: pack every n-th shard, for n machines that share `out`; the last to finish writes the manifest."""
+    """i/n: pack every n-th shard, for n machines that share nothing but `out`; the last writes the manifest."""
     index_only: bool = False
     """Write manifest and index for the WebDataset shards that stand in `out` already."""
     dry_run: bool = False

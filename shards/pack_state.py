@@ -1,9 +1,10 @@
 """What a packing remembers in its dot-folder `.pack`, so that it can be killed at any moment and go on.
 
-`state.json` says what is being packed; `shards/` holds finished shards until all are; `records/` says of each
-what went into it and what came out; `damaged/` lists tiles that could not be packed. A record counts only if
-its fingerprint (recipe, and names, sizes and times of the source's files) is today's and its shard's bytes
-have the recorded hash. Several machines may share the folder: each writes files of its own.
+`state.json` says what is being packed; `records/` says of each finished shard what went into it and what came
+out; `damaged/` lists tiles that could not be packed. A record counts only if its fingerprint (recipe, and names,
+sizes and times of the source's files, or their first and last bytes where the place is a store) is today's and
+its shard is there with the recorded size, on a disk also with the recorded hash. Several machines may share the
+place: each writes files of its own.
 """
 
 from __future__ import annotations
@@ -11,20 +12,24 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from geopose_dist import files
 from geopose_dist.data import manifest
 from geopose_dist.errors import UserError
 from shards.layouts import Tile
+from shards.pack_place import FOLDER, LocalPlace, Place, Row
 from shards.pack_plan import PlannedShard
 from shards.tallies import Tally
 from shards.tars import sha256_of
 
-FOLDER = ".pack"
+READS_AT_ONCE = 16
+"""Records that are asked for at a time."""
+END_BYTES = 65536
+"""Of each end of a file that goes into its signature by content: all of a label, enough of an image."""
 
 
 @dataclass(frozen=True)
@@ -42,41 +47,67 @@ class Record:
     fingerprint: str
     bytes: int
     sha256: str
-    rows: list[tuple[str, str, int, int, int]]
+    rows: list[Row]
     tallies: dict[str, Tally]
 
 
-def signature(tile: Tile) -> str:
-    """What is known of a tile's files unread: a mended file has another signature."""
+def signature(tile: Tile, *, by_content: bool = False) -> str:
+    """What is known of a tile's files almost unread: a mended file has another signature.
+
+    By content (size, and the first and last bytes) where machines hold copies of the source, whose times differ.
+    """
     parts: list[Any] = [tile.key, tile.unit, tile.gsd_m, tile.place]
     for path in (tile.rgb, tile.agl, tile.vflow):
         facts = path.stat() if path is not None and path.exists() else None
-        parts.append(None if path is None or facts is None else (path.name, facts.st_size, facts.st_mtime_ns))
+        if path is None or facts is None:
+            parts.append(None)
+        else:
+            stamp = _ends(path) if by_content else facts.st_mtime_ns
+            parts.append((path.name, facts.st_size, stamp))
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-class State:
-    """The dot-folder of one packing."""
+def _ends(path: Path) -> str:
+    """Hash of the first and the last bytes of a file; the whole of a label."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256(file.read(END_BYTES))
+        file.seek(max(file.tell(), os.fstat(file.fileno()).st_size - END_BYTES))
+        digest.update(file.read(END_BYTES))
+    return digest.hexdigest()[:16]
 
-    def __init__(self, out: Path, about: dict[str, Any]) -> None:
-        self.out, self.folder, self.about = out, out / FOLDER, about
+
+class State:
+    """The bookkeeping of one packing."""
+
+    def __init__(self, place: Place, about: dict[str, Any]) -> None:
+        self.place, self.about = place, about
         self._recipe = json.dumps(about["recipe"], sort_keys=True)
+        self._signatures: dict[str, str] = {}
 
     def begin(self, keys: list[str]) -> None:
-        """Claim the folder for this packing; UserError if it holds another one, naming both sides."""
-        path = self.folder / "state.json"
+        """Claim the place for this packing; UserError if it holds another one, naming both sides."""
+        name = f"{FOLDER}/state.json"
         keys_sha = hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16]
-        finished = (self.out / manifest.MANIFEST_NAME).is_file()
+        finished, there = self.is_finished(), self.place.read(name)
         about = dict(self.about, tiles=len(keys), keys_sha256=keys_sha)
-        begun = finished or any((self.folder / "records").glob("*.json"))
-        if path.is_file() and begun:  # a first try that wrote no shard binds nobody
-            self._compare(json.loads(path.read_bytes()), about, finished)
+        begun = finished or bool(self._record_names())
+        if there is not None and begun:  # a first try that wrote no shard binds nobody
+            self._compare(json.loads(there), about, finished)
         elif finished:
             raise UserError(
-                f"{self.out}: holds a finished packing that this command did not make (no {FOLDER}); pack "
+                f"{self.place.out}: holds a finished packing that this command did not make (no {FOLDER}); pack "
                 "into another folder, or remove this one"
             )
-        files.write_bytes(path, json.dumps(about, indent=1, sort_keys=True).encode())
+        self.place.write(name, json.dumps(about, indent=1, sort_keys=True).encode())
+
+    def is_finished(self) -> bool:
+        """Whether the manifest is there."""
+        return self.place.read(manifest.MANIFEST_NAME) is not None
+
+    def unfinish(self) -> None:
+        """Before shards are replaced in their place, the manifest that describes the old ones goes."""
+        if self.place.is_store:
+            self.place.delete(manifest.MANIFEST_NAME)
 
     def _compare(self, there: dict[str, Any], here: dict[str, Any], finished: bool) -> None:
         old, new = dict(there["recipe"], source=there["source"]), dict(here["recipe"], source=here["source"])
@@ -87,66 +118,88 @@ class State:
         if differ:
             sides = "; ".join(f"{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in differ)
             raise UserError(
-                f"{self.out}: was begun with another recipe or source ({sides}); give the same ones to go on, "
-                "or pack into another folder"
+                f"{self.place.out}: was begun with another recipe or source ({sides}); give the same ones to go "
+                "on, or pack into another folder"
             )
+
+    def signature(self, tile: Tile) -> str:
+        """The signature of a tile, as it was when this packing looked first."""
+        if tile.key not in self._signatures:
+            self._signatures[tile.key] = signature(tile, by_content=self.place.is_store)
+        return self._signatures[tile.key]
 
     def fingerprint(self, shard: PlannedShard) -> str:
         """What goes into a shard, in short."""
-        parts = [self._recipe, shard.name, shard.split, *(signature(tile) for tile in shard.tiles)]
+        parts = [self._recipe, shard.name, shard.split, *map(self.signature, shard.tiles)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
-    def place(self, shard: PlannedShard) -> Path:
-        """Where a shard waits for the others."""
-        return self.folder / "shards" / shard.name
+    def records(self, shards: list[PlannedShard], *, check_bytes: bool) -> list[Record | None]:
+        """The records of the shards that are whole and still what is wanted, and None for the others.
 
-    def record(self, shard: PlannedShard, *, check_bytes: bool) -> Record | None:
-        """The record of a shard that is whole and still what is wanted, or None."""
-        path = self.folder / "records" / f"{shard.name}.json"
-        if not path.is_file():
-            return None
-        facts = json.loads(path.read_bytes())
-        if facts["fingerprint"] != self.fingerprint(shard):
-            return None
-        tar = next((p for p in (self.place(shard), self.out / shard.name) if p.is_file()), None)
-        if tar is None or tar.stat().st_size != facts["bytes"]:
-            return None
-        if check_bytes and sha256_of(tar) != facts["sha256"]:
-            return None
-        tallies = {city: Tally(**tally) for city, tally in facts["tallies"].items()}
-        rows = [tuple(row) for row in facts["rows"]]
-        return Record(facts["fingerprint"], facts["bytes"], facts["sha256"], rows, tallies)
+        `check_bytes` hashes the shards that lie on a disk; of those in a store, sizes are compared.
+        """
+        sizes, noted = self.place.sizes(), set(self._record_names())
+        with ThreadPoolExecutor(READS_AT_ONCE) as executor:  # a store answers in tens of milliseconds
+            texts = list(
+                executor.map(lambda s: self._read_record(s.name) if s.name in noted else None, shards)
+            )
+        return [
+            self._judged(shard, text, sizes.get(shard.name), check_bytes)
+            for shard, text in zip(shards, texts, strict=True)
+        ]
 
-    def keep(self, shard: PlannedShard, record: Record) -> None:
-        """Remember a finished shard."""
-        path = self.folder / "records" / f"{shard.name}.json"
-        files.write_bytes(path, json.dumps(dataclasses.asdict(record)).encode())
+    def _judged(
+        self, shard: PlannedShard, text: bytes | None, size: int | None, check_bytes: bool
+    ) -> Record | None:
+        facts = json.loads(text) if text is not None else None
+        if facts is None or facts["fingerprint"] != self.fingerprint(shard) or facts["bytes"] != size:
+            return None
+        if check_bytes and isinstance(self.place, LocalPlace):
+            tar = self.place.path(shard.name)
+            if tar is None or sha256_of(tar) != facts["sha256"]:
+                return None
+        return record_of(facts)
+
+    def _read_record(self, name: str) -> bytes | None:
+        return self.place.read(f"{FOLDER}/records/{name}.json")
+
+    def _record_names(self) -> list[str]:
+        names = self.place.names(f"{FOLDER}/records")
+        return [name.removesuffix(".json") for name in names if name.endswith(".tar.json")]
 
     def damaged(self, tiles: dict[str, Tile]) -> dict[str, str]:
         """Tiles that an earlier run could not pack and that have not been touched since: sentence by key."""
         found = {}
-        for path in sorted((self.folder / "damaged").glob("*.json")):
-            for key, (stamp, sentence) in json.loads(path.read_bytes()).items():
-                if key in tiles and signature(tiles[key]) == stamp:
+        for name in self.place.names(f"{FOLDER}/damaged"):
+            text = self.place.read(f"{FOLDER}/damaged/{name}") if name.endswith(".json") else None
+            for key, (stamp, sentence) in json.loads(text or b"{}").items():
+                if key in tiles and self.signature(tiles[key]) == stamp:
                     found[key] = sentence
         return found
 
     def keep_damaged(self, part: str, damaged: dict[str, str], tiles: dict[str, Tile]) -> None:
         """Remember tiles that cannot be packed, so that no later run and no other machine tries them."""
-        stamped = {key: (signature(tiles[key]), sentence) for key, sentence in sorted(damaged.items())}
-        path = self.folder / "damaged" / f"part-{part.replace('/', '-of-')}.json"
-        files.write_bytes(path, json.dumps(stamped, indent=1).encode())
+        stamped = {key: (self.signature(tiles[key]), sentence) for key, sentence in sorted(damaged.items())}
+        name = f"{FOLDER}/damaged/part-{part.replace('/', '-of-')}.json"
+        self.place.write(name, json.dumps(stamped, indent=1).encode())
 
     def publish(self, shards: list[PlannedShard]) -> None:
-        """Move the finished shards to their place; what an earlier plan left behind goes."""
-        for shard in shards:
-            if self.place(shard).is_file():
-                self.place(shard).replace(self.out / shard.name)
+        """Put the finished shards in their places; what an earlier plan left behind goes."""
+        self.place.publish([shard.name for shard in shards])
         names = {shard.name for shard in shards}
-        for path in sorted((self.folder / "records").glob("*.tar.json")):
-            name = path.name.removesuffix(".json")
+        for name in self._record_names():
             if name not in names:
-                (self.out / name).unlink(missing_ok=True)
-                path.unlink()
-        files.fsync_folder(self.out)
-        shutil.rmtree(self.folder / "shards", ignore_errors=True)
+                self.place.delete(name)
+                self.place.delete(f"{FOLDER}/records/{name}.json")
+
+
+def keep(place: Place, name: str, record: Record) -> None:
+    """Remember a finished shard."""
+    place.write(f"{FOLDER}/records/{name}.json", json.dumps(dataclasses.asdict(record)).encode())
+
+
+def record_of(facts: dict[str, Any]) -> Record:
+    """A record from its JSON."""
+    tallies = {city: Tally(**tally) for city, tally in facts["tallies"].items()}
+    rows = [tuple(row) for row in facts["rows"]]
+    return Record(facts["fingerprint"], facts["bytes"], facts["sha256"], rows, tallies)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,17 +13,35 @@ import numpy as np
 from geopose_dist import files
 from geopose_dist.data import manifest
 from shards import tars
-from shards.encode import Damaged, Sample
+from shards.encode import Damaged, Job, Sample, encode
+from shards.pack_place import Place
 from shards.pack_plan import PlannedShard
-from shards.pack_state import Record, State
+from shards.pack_state import Record, keep
 from shards.tallies import Tally, statistics
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """A whole shard for one task of a cluster: where it goes, what goes into it, and its tiles' jobs."""
+
+    place: Place
+    shard: PlannedShard
+    fingerprint: str
+    jobs: tuple[Job, ...]
+
+
+def pack_shard(job: ShardJob) -> list[Damaged]:
+    """Encode and write one shard, one tile at a time; the tiles that cannot be packed."""
+    return write_shard(job.place, job.shard, job.fingerprint, map(encode, job.jobs))
 
 
 class _Incomplete(Exception):
     """A tile of the shard being written cannot be packed."""
 
 
-def write_shard(state: State, shard: PlannedShard, results: Iterator[Sample | Damaged]) -> list[Damaged]:
+def write_shard(
+    place: Place, shard: PlannedShard, fingerprint: str, results: Iterator[Sample | Damaged]
+) -> list[Damaged]:
     """Write one shard from the next results and remember it; or name the tiles that cannot be packed."""
     damaged: list[Damaged] = []
     cities: list[str] = []
@@ -38,27 +57,27 @@ def write_shard(state: State, shard: PlannedShard, results: Iterator[Sample | Da
                 tallies[result.city] = tallies.get(result.city, Tally()) + result.tally
                 yield result.key, result.members
 
-    path = state.place(shard)
-    with contextlib.suppress(_Incomplete), files.atomic_write(path) as file:
-        tars.write_samples(file, members())
+    with place.building(shard.name) as path:
+        with contextlib.suppress(_Incomplete), files.atomic_write(path) as file:
+            tars.write_samples(file, members())
+            if damaged:
+                raise _Incomplete  # the temporary file goes; the rest of the tiles have been looked at
         if damaged:
-            raise _Incomplete  # the temporary file goes; the rest of the tiles have been looked at
-    if damaged:
-        return damaged
-    rows = [
-        (span.key, city, span.offset, span.length, span.crc32)
-        for span, city in zip(tars.spans(path), cities, strict=True)
-    ]
-    record = Record(state.fingerprint(shard), path.stat().st_size, tars.sha256_of(path), rows, tallies)
-    state.keep(shard, record)
+            return damaged
+        rows = [
+            (span.key, city, span.offset, span.length, span.crc32)
+            for span, city in zip(tars.spans(path), cities, strict=True)
+        ]
+        record = Record(fingerprint, path.stat().st_size, tars.sha256_of(path), rows, tallies)
+        place.take(shard.name, path, rows)
+    keep(place, shard.name, record)
     return []
 
 
 def write_manifest(
-    out: Path, about: dict[str, Any], shards: list[PlannedShard], records: list[Record]
+    place: Place, about: dict[str, Any], shards: list[PlannedShard], records: list[Record]
 ) -> None:
-    """Write `manifest.json` and `index.npy` of finished shards, given in the manifest's order."""
-
+    """Write `index.npy`, then `manifest.json`, of finished shards, given in the manifest's order."""
     cities = sorted({row[1] for record in records for row in record.rows})
     rows = [
         (number, cities.index(city), offset, length, crc)
@@ -75,4 +94,7 @@ def write_manifest(
         for shard, record in zip(shards, records, strict=True)
     ]
     facts = manifest.Manifest(listed, cities, summary, about)
-    manifest.write(out, facts, np.array(rows, dtype=manifest.INDEX_DTYPE))
+    index = io.BytesIO()
+    np.save(index, np.array(rows, dtype=manifest.INDEX_DTYPE), allow_pickle=False)
+    place.write(manifest.INDEX_NAME, index.getvalue())
+    place.write(manifest.MANIFEST_NAME, facts.to_json())  # last: without it the packing is unfinished

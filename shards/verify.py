@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from geopose_dist.data import urls
+from geopose_dist.data.store_recipe import StoreRecipe
 from geopose_dist.errors import FinishedWithFailures, UserError
 
 if TYPE_CHECKING:
@@ -25,13 +27,17 @@ class VerifyRecipe:
     """What `geopose verify` looks at."""
 
     shards: str = ""
-    """Folder of shards with its manifest."""
+    """Folder, or s3://, gs://, az:// or http(s):// prefix, of shards with their manifest."""
     deep: bool = False
     """Decode every sample as training would, instead of trusting hashes."""
     json: str = ""
     """Write the summary to this file, too."""
     workers: int = 0
     """Processes; 0: one per core."""
+    scratch: str = ""
+    """Folder for one shard per process on its way from a store; unset: the system's folder for temporary files."""
+    store: StoreRecipe = field(default_factory=StoreRecipe)
+    """Reaching the store that `shards` names."""
 
     def __post_init__(self) -> None:
         if not self.shards:
@@ -42,14 +48,17 @@ class VerifyRecipe:
 
 @dataclass(frozen=True)
 class Task:
-    """One shard to verify: its path, what the manifest says of it, and its rows of the index."""
+    """One shard to verify: where it is, what the manifest says of it, and its rows of the index."""
 
-    path: Path
+    place: str
+    name: str
     bytes: int
     sha256: str
     rows: list[tuple[str, int, int, int]]
     """City, offset, length, crc32."""
     deep: bool
+    store: StoreRecipe = field(default_factory=StoreRecipe)
+    scratch: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,10 +72,13 @@ class Result:
 def run(recipe: VerifyRecipe) -> None:
     """Verify a folder of shards; FinishedWithFailures names what is damaged."""
     from geopose_dist import files, metrics_log, pool
-    from shards import tars
+    from geopose_dist.data import manifest
+    from shards import fetch, tars
 
-    folder = Path(recipe.shards)
-    tasks, facts = _tasks(folder, recipe.deep)
+    with fetch.described(recipe.shards, recipe.store, recipe.scratch) as folder:
+        # An index of shards that stay in a store names their URL.
+        place = str(manifest.read_manifest(folder).recipe.get("shards_url", recipe.shards))
+        tasks, facts = _tasks(recipe, folder, place)
     workers = min(recipe.workers or pool.usable_cores(), max(len(tasks), 1))
     results = list(
         metrics_log.track(
@@ -77,9 +89,11 @@ def run(recipe: VerifyRecipe) -> None:
         )
     )
     problems = [problem for result in results for problem in result.problems] + _twice(tasks, results)
-    listed = {task.path.name for task in tasks}
-    strangers = sorted(path.name for path in folder.glob("*.tar") if path.name not in listed)
-    problems += [f"{folder / name}: is not in the manifest; remove it, or pack again" for name in strangers]
+    shown = urls.shown(place)
+    strangers = sorted(_tars(place, recipe) - {task.name for task in tasks})
+    problems += [
+        f"{urls.join(shown, name)}: is not in the manifest; remove it, or pack again" for name in strangers
+    ]
     summary = {
         "shards": len(tasks),
         "samples": sum(len(task.rows) for task in tasks),
@@ -93,11 +107,11 @@ def run(recipe: VerifyRecipe) -> None:
         files.write_bytes(Path(recipe.json), (json.dumps(summary, indent=1) + "\n").encode())
     if problems:
         raise FinishedWithFailures(
-            "\n  ".join([f"{folder}: {len(problems)} of these are damaged or missing:", *problems])
+            "\n  ".join([f"{shown}: {len(problems)} of these are damaged or missing:", *problems])
         )
     splits = ", ".join(f"{split} {count}" for split, count in facts.splits().items())
     print(
-        f"{folder}: whole: {summary['samples']} samples ({splits}) in {len(tasks)} shards, "
+        f"{shown}: whole: {summary['samples']} samples ({splits}) in {len(tasks)} shards, "
         f"{facts_bytes(summary)}, {'every sample decoded' if recipe.deep else 'hashes agree'}"
     )
     sys.stdout.flush()
@@ -108,7 +122,19 @@ def facts_bytes(summary: dict[str, Any]) -> str:
     return f"{summary['bytes'] / 1e6:.1f} MB"
 
 
-def _tasks(folder: Path, deep: bool) -> tuple[list[Task], Manifest]:
+def _tars(place: str, recipe: VerifyRecipe) -> set[str]:
+    """Names of the tars that are there; a web server has no list."""
+    from geopose_dist.data import stores
+
+    if not urls.is_url(place):
+        return {path.name for path in Path(place).glob("*.tar")}
+    if urls.parse(place).scheme in ("http", "https"):
+        return set()
+    return {name for name, _ in stores.open_store(place, recipe.store).list(".tar")}
+
+
+def _tasks(recipe: VerifyRecipe, folder: Path, place: str) -> tuple[list[Task], Manifest]:
+    """What to verify, by the manifest and index in `folder`, which may be copies."""
     from geopose_dist.data import manifest
 
     facts = manifest.read_manifest(folder)
@@ -129,18 +155,45 @@ def _tasks(folder: Path, deep: bool) -> tuple[list[Task], Manifest]:
                     f"{shard.samples}; they do not belong together; pack again"
                 )
             cities = [(facts.cities[city], offset, length, crc) for _, city, offset, length, crc in rows]
-            tasks.append(Task(folder / shard.name, shard.bytes, shard.sha256, cities, deep))
+            tasks.append(
+                Task(
+                    place,
+                    shard.name,
+                    shard.bytes,
+                    shard.sha256,
+                    cities,
+                    recipe.deep,
+                    recipe.store,
+                    recipe.scratch,
+                )
+            )
     return tasks, facts
 
 
 def check_shard(task: Task) -> Result:
     """Everything that is wrong with one shard, and the keys of its sound samples."""
+    from geopose_dist.data import stores
+    from shards import fetch
+
+    where = urls.join(task.place, task.name)
+    missing = f"{where}: missing ({len(task.rows)} samples); copy it again or pack again"
+    if not fetch.is_url(task.place):
+        path = Path(task.place) / task.name
+        return _check_file(task, path) if path.is_file() else Result([missing])
+    try:
+        with fetch.local_copy(
+            task.place, task.name, task.store, limit=task.bytes, scratch=task.scratch
+        ) as path:
+            found = _check_file(task, path)
+            return Result([problem.replace(str(path), where) for problem in found.problems], found.keys)
+    except stores.Missing:
+        return Result([missing])
+
+
+def _check_file(task: Task, path: Path) -> Result:
     from shards import tars
 
-    path, result = task.path, Result()
-    if not path.is_file():
-        result.problems.append(f"{path}: missing ({len(task.rows)} samples); copy it again or pack again")
-        return result
+    result = Result()
     size = path.stat().st_size
     same = size == task.bytes and tars.sha256_of(path) == task.sha256
     if not same:
@@ -151,37 +204,37 @@ def check_shard(task: Task) -> Result:
             f"{path}: {size_text}: damaged, or another shard of that name; copy it again or pack again"
         )
     if same and not task.deep:
-        _walk(task, result)
+        _walk(task, path, result)
     else:
-        _check_samples(task, result)
+        _check_samples(task, path, result)
     return result
 
 
-def _walk(task: Task, result: Result) -> None:
+def _walk(task: Task, path: Path, result: Result) -> None:
     """Compare the headers of a shard with its rows of the index."""
     from shards import tars
 
     try:
-        found = list(tars.spans(task.path))
+        found = list(tars.spans(path))
     except UserError as error:
         result.problems.append(str(error))
         return
     result.keys.extend(span.key for span in found)
     if [(span.offset, span.length, span.crc32) for span in found] != [row[1:] for row in task.rows]:
         result.problems.append(
-            f"{task.path}: its {len(found)} samples do not stand where the index says ({len(task.rows)} rows); pack "
+            f"{path}: its {len(found)} samples do not stand where the index says ({len(task.rows)} rows); pack "
             "again, or `geopose pack --index-only`"
         )
 
 
-def _check_samples(task: Task, result: Result) -> None:
+def _check_samples(task: Task, path: Path, result: Result) -> None:
     """Check every sample by itself: checksum, then, if deep, all that training would decode."""
     from geopose_dist.data.members import first_key, key_if_readable
     from shards.inspection import inspect
 
-    with task.path.open("rb") as file:
+    with path.open("rb") as file:
         for city, offset, length, crc in task.rows:
-            where = f"{task.path}, offset {offset}"
+            where = f"{path}, offset {offset}"
             file.seek(offset)
             data = file.read(length)
             if len(data) < length:
@@ -212,6 +265,8 @@ def _twice(tasks: list[Task], results: list[Result]) -> list[str]:
     for task, result in zip(tasks, results, strict=True):
         for key in result.keys:
             if key in first:
-                problems.append(f"{task.path}: {key} stands in {first[key]} too; pack again")
-            first.setdefault(key, task.path.name)
+                problems.append(
+                    f"{urls.join(task.place, task.name)}: {key} stands in {first[key]} too; pack again"
+                )
+            first.setdefault(key, task.name)
     return problems

@@ -43,6 +43,10 @@ def check(folder: Path, deep: bool = False) -> str:
     return str(caught.value)
 
 
+def index_again(folder: Path) -> None:
+    index_only.run(PackRecipe(out=str(folder), index_only=True, workers=1))
+
+
 def key_of(folder: Path, split: str, index: int) -> str:
     return Reader(manifest.open_split(folder, split)).key(index)
 
@@ -165,7 +169,7 @@ HOSTILE = [
 def test_hostile_shards_are_not_indexed(tmp_path, members, said):
     tar_of(tmp_path / "train-000000.tar", members)
     with pytest.raises(FoundProblems, match=said):
-        index_only.run(tmp_path, workers=1)
+        index_again(tmp_path)
     assert not (tmp_path / "manifest.json").exists()
 
 
@@ -174,7 +178,7 @@ def test_hostile_shards_are_not_indexed(tmp_path, members, said):
 )
 def test_what_only_a_deep_look_finds(tmp_path, image, said):
     tar_of(tmp_path / "train-000000.tar", [GOOD[0], ("JAX_a.rgb.png", image)])
-    index_only.run(tmp_path, workers=1)
+    index_again(tmp_path)
     verify.run(VerifyRecipe(str(tmp_path), workers=1))
     with pytest.raises(FinishedWithFailures, match=said):
         verify.run(VerifyRecipe(str(tmp_path), deep=True, workers=1))
@@ -188,7 +192,7 @@ def test_giant_headers_are_refused(tmp_path):
     data[148:156] = b"%06o\0 " % sum(data[:512])
     (tmp_path / "train-000000.tar").write_bytes(data)
     with pytest.raises(FoundProblems, match="claims 8589934591 bytes, the file has"):
-        index_only.run(tmp_path, workers=1)
+        index_again(tmp_path)
 
 
 @pytest.mark.parametrize("place", ["header", "middle", "end", "text"])
@@ -206,7 +210,7 @@ def test_damage_that_streaming_readers_do_not_notice(tmp_path, place):
         data[:] = b"not a tar" * 1000
     path.write_bytes(data)
     with pytest.raises(FoundProblems, match=r"train-000000\.tar.*(damaged|cut short)"):
-        index_only.run(tmp_path, workers=1)
+        index_again(tmp_path)
 
 
 def test_shards_made_elsewhere_are_indexed_and_read_the_same_way(packed, tmp_path):
@@ -227,16 +231,16 @@ def test_shards_made_elsewhere_are_indexed_and_read_the_same_way(packed, tmp_pat
         for view in map(a.view, range(len(a))):
             np.testing.assert_array_equal(view.rgb, views[view.key].rgb)
     verify.run(VerifyRecipe(str(tmp_path), deep=True, workers=1))
-    index_only.run(tmp_path, workers=1)  # again is harmless
+    index_again(tmp_path)  # again is harmless
     with pytest.raises(UserError, match=r"has a manifest of `geopose pack` already"):
-        index_only.run(packed, workers=1)
+        index_again(packed)
 
 
 def test_one_key_in_two_shards(packed, tmp_path):
     shutil.copy(packed / "train-000000.tar", tmp_path / "train-000000.tar")
     shutil.copy(packed / "train-000000.tar", tmp_path / "train-000001.tar")
     with pytest.raises(FoundProblems, match=r"stands in train-000000\.tar too") as caught:
-        index_only.run(tmp_path, workers=1)
+        index_again(tmp_path)
     assert len(caught.value.problems) == 4
 
 
@@ -252,9 +256,9 @@ def test_spans_are_what_tarfile_sees(packed):
 
 def test_nothing_to_index(tmp_path):
     with pytest.raises(UserError, match=r"no \*\.tar in it"):
-        index_only.run(tmp_path, workers=1)
+        index_again(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
-        index_only.run(tmp_path / "absent", workers=1)
+        index_again(tmp_path / "absent")
     tar_of(tmp_path / "train-000000.tar", [])
     with pytest.raises(FoundProblems, match="holds no sample"):
-        index_only.run(tmp_path, workers=1)
+        index_again(tmp_path)

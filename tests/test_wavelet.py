@@ -18,8 +18,7 @@ from tiles import make_dataset, make_tile, write_rgb
 
 from geopose_dist import cli
 from geopose_dist.data import manifest
-from geopose_dist.data.reader import Reader
-from geopose_dist.data.source import open_shards
+from geopose_dist.data.reader import Reader, open_shards
 from geopose_dist.errors import FoundProblems, UserError
 from geopose_dist.infer.predictor import Predictor
 from geopose_dist.infer.recipe import NetRecipe
@@ -170,11 +169,11 @@ def test_prediction_reduces_as_training_did(tmp_path, capsys):
     make_dataset(tmp_path / "data", 4, size=128)
     run_pack(tmp_path / "data", tmp_path / "shards", reduce_by="wavelet")
     run_pack(tmp_path / "data", tmp_path / "area")
-    facts = facts_of(open_shards(str(tmp_path / "shards"), "train"))
-    assert (facts["reduction"], facts["reduce_by"]) == (2, "wavelet")
-    assert facts_of(open_shards(str(tmp_path / "area"), "train"))["reduce_by"] == "area"
-    torch.manual_seed(0)
     recipe = ModelRecipe(encoder="tu-mobilenetv3_small_050", decoder_channels=[16, 16, 8, 8, 8])
+    facts = facts_of(open_shards(str(tmp_path / "shards"), "train"), recipe)
+    assert (facts["reduction"], facts["reduce_by"]) == (2, "wavelet")
+    assert facts_of(open_shards(str(tmp_path / "area"), "train"), recipe)["reduce_by"] == "area"
+    torch.manual_seed(0)
     save_weights(tmp_path / "net.safetensors", GeoposeNet(recipe).state_dict(), recipe, facts)
 
     def predicted(source: Path, out: str) -> tuple[dict[str, bytes], str]:
