@@ -53,13 +53,14 @@ def recipe(shards: Path, *options: str) -> TrainRecipe:
 
 def launch(command: list[str], ranks: int, *options: str, **variables: str) -> subprocess.Popen[str]:
     """Start `geopose COMMAND` alone, or on `ranks` ranks by torchrun with `options`."""
-    torchrun = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *options]
-        if ranks > 1
-        else []
-    )
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *options]
+    return python(*(torchrun if ranks > 1 else []), "-m", "geopose_dist", *command, **variables)
+
+
+def python(*command: str, **variables: str) -> subprocess.Popen[str]:
+    """Start this interpreter with `command` and `variables` in its environment."""
     return subprocess.Popen(
-        [sys.executable, *torchrun, "-m", "geopose_dist", *command],
+        [sys.executable, *command],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -151,10 +152,12 @@ def stop_after(run: Path, step: int) -> threading.Thread:
     return thread
 
 
-def wait_until(ready: Callable[[], bool], process: Any, timeout_s: float = 240) -> None:
+def wait_until(
+    ready: Callable[[], bool], process: Any, timeout_s: float = 240, pause_s: float = 0.02
+) -> None:
     """Poll until `ready`, or fail with the process's output if it ended first."""
     end = time.monotonic() + timeout_s
     while not ready():
         assert process.poll() is None, finish(process)[1]
         assert time.monotonic() < end, "timed out"
-        time.sleep(0.02)
+        time.sleep(pause_s)
