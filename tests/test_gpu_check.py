@@ -1,0 +1,50 @@
+"""tools/gpu_check.sh, rehearsed on the CPU: the same commands as on a GPU machine, small."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "tools" / "gpu_check.sh"
+
+
+def check(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    env = {
+        **os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path / "out"), "WORK": str(tmp_path / "work"),
+        "OMP_NUM_THREADS": "1", **variables,
+    }  # fmt: skip
+    return subprocess.run([str(SCRIPT)], env=env, capture_output=True, text=True, timeout=600, check=False)
+
+
+@pytest.mark.slow
+def test_the_rehearsal_leaves_every_result(tmp_path: Path) -> None:
+    # Not `setup`: it compiles the kernels anew in this checkout, under the feet of other tests.
+    parts = "doctor tests data step epoch augment checkpoint"
+    done = check(tmp_path, GPU_CHECK_REHEARSAL="1", PARTS=parts)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all parts done on cpu" in done.stdout
+    for name in ("step", "epoch", "device_augment", "checkpoint"):
+        facts = json.loads((tmp_path / "out" / f"{name}.json").read_text())
+        assert facts["results"], name
+    assert json.loads((tmp_path / "out" / "doctor.json").read_text())
+
+
+def test_a_part_that_fails_is_told_and_the_others_run(tmp_path: Path) -> None:
+    done = check(tmp_path, GPU_CHECK_REHEARSAL="1", PARTS="doctor data", PYTHON="/bin/false")
+    assert done.returncode == 1
+    assert "gpu_check: doctor FAILED with 1" in done.stdout
+    assert "gpu_check: doctor data failed on cpu" in done.stdout
+
+
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    done = check(tmp_path)
+    assert done.returncode == 2
+    assert "torch sees no GPU here" in done.stderr
