@@ -49,7 +49,8 @@ def snapshot(value: float) -> Snapshot:
         "state": {0: {"exp_avg": tensor.clone(), "step": torch.tensor(value)}},
         "param_groups": [{"lr": 0.1}],
     }
-    return Snapshot({"weight": tensor}, state, {}, {"weight": tensor + 1})
+    sums = torch.full((2, 3), value, dtype=torch.float64)
+    return Snapshot({"weight": tensor}, state, {"scale": value}, {"weight": tensor + 1}, city_sums=sums)
 
 
 def test_what_is_written_is_the_moment_of_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,6 +64,8 @@ def test_what_is_written_is_the_moment_of_saving(tmp_path: Path, monkeypatch: py
     now.optimizer["state"][0]["exp_avg"].zero_()
     assert now.ema is not None
     now.ema["weight"].zero_()
+    assert now.city_sums is not None
+    now.city_sums.zero_()
     assert weights.step_folders(tmp_path) == []
     gate.open.release()
     writer.finish()
@@ -74,6 +77,10 @@ def test_what_is_written_is_the_moment_of_saving(tmp_path: Path, monkeypatch: py
     assert torch.equal(stored.ema["weight"], wanted.ema["weight"])
     assert torch.equal(stored.optimizer["state"][0]["exp_avg"], wanted.optimizer["state"][0]["exp_avg"])
     assert stored.optimizer["param_groups"] == [{"lr": 0.1}]
+    assert stored.scaler == {"scale": 1.0}
+    assert stored.city_sums is not None
+    assert wanted.city_sums is not None
+    assert torch.equal(stored.city_sums, wanted.city_sums)
 
 
 def test_one_save_is_in_flight_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,13 +74,7 @@ class HostCopy:
 
     def take(self, snapshot: Snapshot) -> Snapshot:
         """A copy of `snapshot`; waits until the device has computed it and it is here."""
-        copied = Snapshot(
-            self._copied(snapshot.model, "model"),
-            self._copied(snapshot.optimizer, "optimizer"),
-            self._copied(snapshot.scaler, "scaler"),
-            self._copied(snapshot.ema, "ema"),
-            snapshot.facts,
-        )
+        copied = Snapshot(**{name: self._copied(value, name) for name, value in vars(snapshot).items()})
         if self._pinned:
             torch.cuda.current_stream().synchronize()
         return copied
