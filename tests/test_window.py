@@ -1,0 +1,386 @@
+"""A crop's sample from the window that its draw reads: same draws, same pixels, same labels as from the whole tile."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import hashlib
+import io
+import json
+import math
+import tracemalloc
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tars import tile as random_tile
+from tiles import make_dataset
+
+from geopose_dist import cli, geometry, kernels
+from geopose_dist.augment import Augmenter, AugmentRecipe, Deferrer, Draw, apply, draw, needed_window
+from geopose_dist.augment.window import map_of
+from geopose_dist.data import codecs
+from geopose_dist.data.loader import DataRecipe, open_shards, train_loader
+from geopose_dist.data.reader import Reader
+from geopose_dist.data.sample import Outline, Part, TileFacts, View, Window
+from geopose_dist.data.samples import Request, Samples, generator_for
+from geopose_dist.data.tile import Tile, tallest_m, unknown_px
+from geopose_dist.errors import UserError
+from geopose_dist.model import device_augment
+from shards.pack import run as run_pack
+from shards.pack_recipe import CodecRecipe, PackRecipe
+
+quick = settings(max_examples=60, deadline=None, derandomize=True)
+PRESETS = ["none", "dihedral", "benchmark", "strong", "faithful"]
+ALL_AT_ONCE = AugmentRecipe("strong", heights_p=1.0, rotate_p=1.0, zoom_p=1.0, tone_p=1.0)
+ROWS, COLS = 150, 170
+
+
+def keyed(*key: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=[*key, 0][:2]))
+
+
+def tile(seed: int, gaps: float = 0.0, codec: str = "tiled", rows: int = ROWS, cols: int = COLS) -> Tile:
+    """A tile of towers on rough ground as the reader has it: bytes, and facts as `geopose pack` tells them."""
+    rng = keyed(seed, 5)
+    agl_cm = rng.integers(0, 60, (rows, cols)).astype(np.uint16)
+    for _ in range(12):
+        top, left = rng.integers(0, rows), rng.integers(0, cols)
+        agl_cm[top : top + 22, left : left + 18] = rng.integers(300, 4000)
+    agl_cm[rng.random(agl_cm.shape) < gaps] = 65535
+    if gaps:
+        agl_cm[rows // 3 : rows // 2, cols // 4 : cols // 2] = 65535
+    rgb = rng.integers(0, 256, (rows, cols, 3), dtype=np.uint8)
+    told = tallest_m(agl_cm), unknown_px(agl_cm)
+    facts = TileFacts("JAX", None, 0.5, 0.9, float(rng.uniform(0, 6.28)), (rows, cols), *told)
+    return tile_of(facts, rgb, agl_cm, codec)
+
+
+def tile_of(facts: TileFacts, rgb: np.ndarray, agl_cm: np.ndarray | None, codec: str) -> Tile:
+    members = {
+        f"rgb.{codecs.by_name(codecs.RGB_CODECS, codec).extension}": codecs.encode_rgb(codec, rgb),
+        "json": facts.to_json(),
+    }
+    if agl_cm is not None:
+        name = codec if codec in codecs.AGL_CODECS else "lerc"
+        members[f"agl.{codecs.by_name(codecs.AGL_CODECS, name).extension}"] = codecs.encode_agl(name, agl_cm)
+    return Tile.of("JAX_a", {name: memoryview(data) for name, data in members.items()}, "s.tar, offset 0")
+
+
+def assert_same(found: View, wanted: View) -> None:
+    """Everything equal, pixels and heights to the bit."""
+    np.testing.assert_array_equal(found.rgb, wanted.rgb)
+    for name in ("agl_m", "inside"):
+        one, other = getattr(found, name), getattr(wanted, name)
+        assert (one is None) == (other is None), name
+        if one is not None:
+            np.testing.assert_array_equal(one, other)
+    for name in ("key", "city", "gsd_m", "scale_px_per_m", "angle_rad", "place", "part"):
+        assert getattr(found, name) == getattr(wanted, name), name
+
+
+@quick
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from(PRESETS),
+    st.sampled_from([16, 48, 100]),
+    st.sampled_from([0.0, 0.02]),
+)
+def test_the_window_gives_the_bytes_of_the_whole_tile(
+    seed: int, preset: str, crop_px: int, gaps: float
+) -> None:
+    packed = tile(seed % 4, gaps)
+    recipe = AugmentRecipe(preset, heights_p=None if preset in ("none", "dihedral") else 0.7)
+    augmenter = Augmenter(recipe, crop_px)
+    drawn = augmenter.draw(packed.outline, keyed(seed))
+    assert drawn == draw(recipe, keyed(seed), packed.view(), crop_px), "the decoded tile draws the same"
+    part = packed.view(augmenter.window(packed.outline, drawn))
+    assert_same(apply(part, drawn), apply(packed.view(), drawn))
+
+
+@quick
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([16, 48]),
+    st.sampled_from([0, 90, 270, 33]),
+    st.sampled_from([1.0, 0.5, 1.3]),
+)
+def test_nothing_outside_the_window_is_read(seed: int, crop_px: int, degrees: int, zoom: float) -> None:
+    """Held against kernels that see all of the tile, with everything outside of the window made to glare."""
+    whole = tile(seed % 4).view()
+    drawn = draw(AugmentRecipe("none", heights_p=1.0), keyed(seed), whole, crop_px)
+    operations = (*((("rotate", float(degrees)),) if degrees else ()), ("zoom", zoom))
+    drawn = dataclasses.replace(drawn, operations=operations, heights=(None, drawn.heights)[seed % 2])
+    window = needed_window(drawn, whole.size, whole.pose, whole.tallest_m)
+    matrix, size = map_of(whole.size, drawn)
+    raised = None
+    if drawn.heights is not None:
+        per_m = whole.scale_px_per_m * (drawn.heights - 1)
+        shift = kernels.invert_flow(whole.agl_m, per_m, whole.angle_rad, facade_px_per_px=drawn.heights - 1)
+        raised = kernels.Raised(shift, whole.angle_rad, drawn.heights / per_m)
+    wanted = kernels.gather(whole.rgb, whole.agl_m, matrix, size, raised)
+    glaring = dataclasses.replace(
+        whole, rgb=np.full_like(whole.rgb, 255), agl_m=np.full_like(whole.agl_m, whole.tallest_m)
+    )
+    glaring.rgb[window.slices] = whole.rgb[window.slices]
+    glaring.agl_m[window.slices] = whole.agl_m[window.slices]
+    found = apply(glaring, drawn)
+    np.testing.assert_array_equal(found.rgb, wanted[0])
+    np.testing.assert_array_equal(found.agl_m, wanted[1])
+    if raised is not None:
+        narrower = dataclasses.replace(whole, part=Part(_shrunk(window, whole), whole.size, whole.tallest_m))
+        narrower = dataclasses.replace(
+            narrower,
+            rgb=whole.rgb[narrower.part.window.slices],
+            agl_m=whole.agl_m[narrower.part.window.slices],
+        )
+        if narrower.part.window != window:
+            with pytest.raises(ValueError, match=r"view.part is Window\(.*; wanted one that holds Window\("):
+                apply(narrower, drawn)
+
+
+def _shrunk(window: Window, view: View) -> Window:
+    return Window(window.row + 1, window.col, window.rows - 1, window.cols)
+
+
+def test_the_window_is_no_larger_than_what_can_be_met() -> None:
+    """Crop of 100 at 20, 30; towers of 40 m at .9 px/m, raised by half: 18 px toward where they lean from."""
+    size, pose = (300, 300), geometry.Pose(math.pi / 2, 0.9)
+    crop = Draw(window=(20, 30, 100, 100))
+    assert needed_window(crop, size, pose, 40.0) == Window(19, 29, 102, 102)
+    raised = dataclasses.replace(crop, heights=1.5)
+    assert needed_window(raised, size, pose, 40.0) == Window(17, 27, 106, 106 + 18)
+    turned = Draw(window=(100, 100, 100, 100), operations=(("rotate", 45.0),))
+    reach = math.ceil(149.5 + 99 * math.sqrt(2) / 2)  # half the diagonal, down and right of the centre
+    assert needed_window(turned, size, pose, 40.0) == Window(
+        *[299 - reach - 1] * 2, *[2 * reach - 299 + 3] * 2
+    )
+    assert needed_window(Draw(), size, None, 0.0) == Window(0, 0, 300, 300)
+    assert needed_window(Draw(window=(900, 900, 5, 5)), size, pose, 0.0) == Window(299, 299, 1, 1)
+
+
+GOLDEN = {
+    "none": "f169ce2d1b6adc7c",
+    "dihedral": "fdbb7ba207931954",
+    "benchmark": "090ae44d918b35cb",
+    "strong": "cfb174498d5cecf4",
+    "faithful": "a9ecba35a7e00849",
+}
+"""Digests of 200 draws each, made by the commit before draws came before decoding (6fe0c62), of the outline below."""
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_draws_are_those_of_before_windows(preset: str) -> None:
+    """A run that was begun before goes on with the same numbers."""
+    outline = Outline("JAX_a", (64, 90), True, geometry.Pose(0.7, 0.6, 0.5), 12.0, True)
+    recipe = AugmentRecipe(preset)
+    told = [draw(recipe, keyed(i), outline, (None, 32)[i % 2]).to_json() for i in range(200)]
+    assert hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16] == GOLDEN[preset]
+
+
+@quick
+@given(st.integers(0, 10**6), st.sampled_from(PRESETS), st.sampled_from(["all", "pose", "heights", "known"]))
+def test_the_outline_and_the_decoded_tile_draw_alike(seed: int, preset: str, missing: str) -> None:
+    rgb, agl_cm, facts = random_tile(seed, (40, 50))
+    if missing == "known":
+        agl_cm = np.full_like(agl_cm, 65535)
+    if missing == "pose":
+        facts = dataclasses.replace(facts, scale_px_per_m=None, angle_rad=None)
+    agl_cm = None if missing == "heights" else agl_cm
+    told = (
+        facts
+        if agl_cm is None
+        else dataclasses.replace(facts, tallest_m=tallest_m(agl_cm), unknown_px=unknown_px(agl_cm))
+    )
+    recipe = AugmentRecipe(preset, heights_p=1.0)
+    draws = []
+    for each in (facts, told):  # a shard of before, and one that tells the tallest height
+        packed = tile_of(each, rgb, agl_cm, "gpz")
+        draws.append(draw(recipe, keyed(seed), packed.outline, 20))
+        view = packed.view()
+        assert packed.outline == Outline(
+            view.key, view.size, view.has_heights, view.pose, view.tallest_m, view.all_known
+        )
+    assert draws[0] == draws[1] == draw(recipe, keyed(seed), packed.view(), 20)
+
+
+@pytest.mark.parametrize("codec", codecs.RGB_CODECS)
+def test_every_codec_gives_the_window_of_its_tile(codec: str) -> None:
+    packed = tile(1, 0.02, codec, 300, 290)
+    whole = packed.view()
+    for window in (
+        Window(0, 0, 300, 290),
+        Window(250, 100, 50, 190),
+        Window(17, 255, 240, 2),
+        Window(299, 289, 1, 1),
+    ):
+        part = packed.view(window)
+        np.testing.assert_array_equal(part.rgb, whole.rgb[window.slices])
+        np.testing.assert_array_equal(part.agl_m, whole.agl_m[window.slices])
+        assert part.size == whole.size
+        assert part.tallest_m == whole.tallest_m
+    assert packed.view(Window(0, 0, 300, 290)).part is None
+
+
+def test_heights_above_what_the_facts_tell_are_refused() -> None:
+    """The window was chosen by the facts: a taller tower would be met outside of it."""
+    rgb, agl_cm, facts = random_tile(0, (40, 50))
+    low = tile_of(
+        dataclasses.replace(facts, tallest_m=1.0, unknown_px=unknown_px(agl_cm)), rgb, agl_cm, "gpz"
+    )
+    with pytest.raises(
+        UserError, match=r"JAX_a\.json: tallest_m is 1\.0, but its heights reach 39\.\d+ m; pack again"
+    ):
+        low.view(Window(2, 2, 30, 30))
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"tallest_m": -1, "unknown_px": 0}, "tallest_m is -1.0; wanted a finite number of at least 0"),
+        ({"tallest_m": 3}, "tallest_m and unknown_px are told together"),
+        ({"tallest_m": "tall", "unknown_px": 0}, "not a tile's facts"),
+    ],
+)
+def test_facts_that_cannot_be_are_refused(facts: dict[str, object], said: str) -> None:
+    plain = json.loads(TileFacts("JAX", None, None, None, None, (4, 5)).to_json())
+    assert "tallest_m" not in plain
+    with pytest.raises(UserError, match=said):
+        TileFacts.from_json(json.dumps(plain | facts).encode(), "K.json")
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiles of 300 x 340 px in shards of each kind of member: in standard blocks, in our blocks, and not in blocks."""
+    root = tmp_path_factory.mktemp("packed")
+    make_dataset(root / "tiles", 6, (300, 340))
+    folders = {}
+    for rgb, agl in (("tiled", "tiled"), ("gpz", "gpz"), ("qoi", "lerc")):
+        folders[rgb] = root / rgb
+        run_pack(
+            PackRecipe(
+                source=str(root / "tiles"),
+                out=str(folders[rgb]),
+                reduce=1,
+                workers=1,
+                codec=CodecRecipe(rgb, agl),
+            )
+        )
+    return folders
+
+
+@pytest.mark.parametrize(
+    "transform", [Augmenter(ALL_AT_ONCE, 64), Deferrer(ALL_AT_ONCE, 64)], ids=["workers", "device"]
+)
+def test_the_loader_gives_the_same_batches_whatever_is_decoded(
+    packed: dict[str, Path], transform: Augmenter
+) -> None:
+    """Windows of tiled members, of gpz members, cut from whole ones, and whole tiles into a plain transform."""
+    batches = {}
+    for name, folder in packed.items():
+        samples = Samples(Reader(open_shards(str(folder), "train")), DataRecipe(str(folder)), 7, transform)
+        batches[name] = samples.__getitems__([Request(i, i // 3, i % 6) for i in range(8)])
+    whole = Samples(samples.reader, samples.recipe, 7, lambda view, rng: transform(view, rng))
+    batches["whole"] = whole.__getitems__([Request(i, i // 3, i % 6) for i in range(8)])
+    wanted = device_augment.finish(batches.pop("whole"))
+    assert wanted.rgb.shape == (8, 3, 64, 64)
+    for batch in batches.values():
+        found = device_augment.finish(batch)
+        assert found.keys == wanted.keys
+        for one in ("rgb", "agl_cm", "scale_px_per_m", "direction", "gsd_m"):
+            np.testing.assert_array_equal(getattr(found, one).numpy(), getattr(wanted, one).numpy())
+
+
+def test_the_order_does_not_depend_on_codec_or_crop(packed: dict[str, Path]) -> None:
+    orders = []
+    for folder, crop_px in ((packed["tiled"], 64), (packed["tiled"], 128), (packed["qoi"], 64)):
+        recipe = DataRecipe(str(folder), crop_px=crop_px, global_batch=3, micro_batch=3, workers=0)
+        steps = train_loader(
+            open_shards(str(folder), "train"),
+            recipe,
+            0,
+            0,
+            1,
+            0,
+            4,
+            Augmenter(AugmentRecipe("strong"), crop_px),
+        )
+        orders.append([key for step in steps for batch in step for key in batch.keys])
+    assert orders[0] == orders[1] == orders[2]
+    assert len(orders[0]) == 12
+
+
+def test_a_window_costs_the_memory_of_a_window(packed: dict[str, Path], tmp_path: Path) -> None:
+    reader = Reader(open_shards(str(packed["tiled"]), "train"))
+    reader.view(0)  # what is imported at first use does not count
+
+    def peak(window: Window | None) -> int:
+        sample = reader.tile(0)
+        tracemalloc.start()
+        view = sample.view(window)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert view.rgb.shape[:2] == ((300, 340) if window is None else window[2:])
+        return most
+
+    # Beside the window itself: one tile of 256 x 256, decompressed and undone, of colours and of heights.
+    assert peak(Window(10, 10, 64, 64)) < 64 * 64 * 7 + 2.2 * 256 * 256 * 3 < peak(None)
+
+
+def test_damage_in_a_tile_is_named_whichever_part_is_read(packed: dict[str, Path], tmp_path: Path) -> None:
+    """The crc32 is of the whole sample: a flipped byte far from the window stops it, too."""
+    name = "train-000000.tar"
+    for file in packed["tiled"].iterdir():
+        if file.is_file():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    data = bytearray((tmp_path / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / name).write_bytes(data)
+    reader = Reader(open_shards(str(tmp_path), "train"))
+    with pytest.raises(UserError, match="crc32 is"):
+        [reader.view(index, Window(0, 0, 8, 8)) for index in range(len(reader))]
+
+
+def test_any_reader_opens_tiled_members(packed: dict[str, Path]) -> None:
+    """webdataset streams them; Pillow and OpenCV decode what it hands over."""
+    import cv2
+    from PIL import Image
+
+    reader = Reader(open_shards(str(packed["tiled"]), "train"))
+    views = {reader.key(index): reader.view(index) for index in range(len(reader))}
+    shards = sorted(map(str, packed["tiled"].glob("*.tar")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves closing to the garbage collector
+        samples = list(webdataset.WebDataset(shards, shardshuffle=False))
+        gc.collect()
+    for sample in samples:
+        view = views[sample["__key__"]]
+        rgb = np.asarray(Image.open(io.BytesIO(sample["rgb.tif"])))
+        np.testing.assert_array_equal(rgb, view.rgb)
+        agl_cm = cv2.imdecode(np.frombuffer(sample["agl.tif"], np.uint8), cv2.IMREAD_UNCHANGED)
+        np.testing.assert_array_equal(
+            agl_cm, np.where(np.isnan(view.agl_m), 65535, np.rint(view.agl_m * 100))
+        )
+    assert len(samples) == 6
+
+
+def test_packing_tells_the_tallest_height(packed: dict[str, Path]) -> None:
+    for folder in packed.values():
+        reader = Reader(open_shards(str(folder), "train"))
+        for index in range(len(reader)):
+            facts, view = reader.facts(index), reader.view(index)
+            assert facts.tallest_m == float(np.nanmax(view.agl_m))
+            assert facts.unknown_px == int(np.isnan(view.agl_m).sum()) > 0
+
+
+def test_augment_shows_samples_of_tiled_members(packed: dict[str, Path], tmp_path: Path, capsys) -> None:
+    reader = Reader(open_shards(str(packed["qoi"]), "train"))
+    words = ["augment", "--shards", str(packed["tiled"]), "--key", reader.key(2), "--crop-px", "64"]
+    assert cli.main([*words, "--out", str(tmp_path / "panel.png")]) == 0
+    drawn = draw(AugmentRecipe(), generator_for(0, 0, 2), reader.view(2), 64)
+    assert Draw.from_json(json.loads(capsys.readouterr().out)) == drawn
+    assert (tmp_path / "panel.png").stat().st_size > 10_000
