@@ -338,23 +338,3 @@ def test_memory_of_a_worker_is_flat_over_ten_thousand_samples(shards: Path):
             status = Path(f"/proc/{loader._iterator._workers[0].pid}/status").read_text()
             sizes.append(int(re.search(r"RssAnon:\s+(\d+) kB", status).group(1)))
     assert sizes[1] - sizes[0] < 4000  # kB over 7,900 samples
-
-
-@pytest.mark.slow
-def test_the_benchmark_compares_equal_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from geopose_dist.bench import cases_loader
-
-    monkeypatch.setattr(cases_loader, "STEPS", 6)
-    write_shards(tmp_path, [7, 7], (64, 96))
-    rows = cases_loader.loader(repeats=1, shards=tmp_path)
-    assert [row["baseline"] for row in rows] == ["loose LZW TIFFs", "webdataset as its users write it"]
-    assert all(row["tiles_per_s"] > 0 and row["speedup"] > 0 for row in rows)
-    views = [
-        dataclasses.replace(
-            Reader(open_split(tmp_path, "train")).view(0), rgb=np.zeros((64, 96, 3), np.uint8)
-        )
-    ]
-    ours = {"ours": lambda: cases_loader.ours(open_split(tmp_path, "train"))}
-    monkeypatch.setattr(cases_loader, "BATCH", 14)  # all tiles in one batch
-    with pytest.raises(AssertionError, match="ours delivers other pixels"):
-        cases_loader.check_equal(ours, views)

@@ -23,7 +23,7 @@ from geopose_dist.data.store_recipe import StoreRecipe
 from geopose_dist.data.tile import Tile
 from geopose_dist.errors import UserError
 
-__all__ = ["Reader", "open_shards"]
+__all__ = ["Reader", "crc32", "open_shards"]
 
 MAX_SAMPLE_BYTES = 1 << 30
 """A row of the index that claims more is refused before anything is read."""
