@@ -18,6 +18,7 @@ from geopose_dist.model.loss import TERMS
 from geopose_dist.train.step import Stepper, StepResult
 from shards import pack
 from tests import tiles
+from tests.range_server import serve
 
 PARTS = Parts(
     data=100.0,
@@ -55,7 +56,7 @@ def pretend_step(seconds: float) -> Callable[..., StepResult]:
     return step
 
 
-def bench(tmp_path: Path, shards: Path, *words: str) -> list[dict[str, Any]]:
+def bench(tmp_path: Path, shards: Path | str, *words: str) -> list[dict[str, Any]]:
     out = tmp_path / "epoch.json"
     common = ["--shards", str(shards), "--repeats", "2", "--json", str(out)]
     assert cli.main(["bench", "epoch", "--config", "smoke", *common, *words]) == 0
@@ -87,6 +88,19 @@ def test_too_few_workers_are_counted(tmp_path: Path, shards: Path, monkeypatch: 
     assert rows[0]["worker_busy"] > verdicts.BUSY
     assert rows[-1]["data_wait_share"] > 0.3
     assert rows[0]["worker_cpu_ms_per_tile"] > 0
+
+
+def test_a_slow_store_is_told_from_busy_workers(
+    tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Stepper, "step", pretend_step(0.001))
+    with serve(shards, delay_s=0.1) as (address, _):
+        store = ["--run.data.store.cache-gb", "0", "--run.data.store.cache-dir", str(tmp_path / "cache")]
+        rows = bench(tmp_path, address, "--steps", "2", *store, "--run.data.store.in-flight", "1")
+    assert rows[-1]["bound_by"] == "store"
+    assert rows[-1]["verdict"].startswith("the store bounds this run: the loader delivers")
+    assert "give data.store a cache" in rows[-1]["verdict"]
+    assert rows[0]["worker_busy"] < verdicts.BUSY
 
 
 def test_the_verdict_counts_the_workers_that_are_missing() -> None:

@@ -38,7 +38,7 @@ Pair = tuple[Pixels, Pixels]
 """RGB uint8 [H, W, 3] and heights uint16 centimetres [H, W]."""
 
 
-def codecs_case(repeats: int, shards: Path | None = None) -> list[Row]:
+def codecs_case(repeats: int, shards: str | None = None) -> list[Row]:
     """Every codec of RGB and of heights beside LZW TIFF; without `shards`, on rendered tiles of 1024 px."""
     pairs = stored_tiles(shards) if shards else rendered_tiles()
     facts = {"tile_px": "x".join(map(str, pairs[0][0].shape[:2])), "tiles": len(pairs), "threads": 1}
@@ -177,7 +177,7 @@ def reduced(tile: Any) -> Pair:
     return resample.reduce_rgb(layouts.load_rgb(tile), 2), agl_cm
 
 
-def stored_tiles(shards: Path) -> list[Pair]:
+def stored_tiles(shards: str) -> list[Pair]:
     """The first labelled tiles of a folder of shards."""
     reader = Reader(open_shards(str(shards), "train"))
     pairs: list[Pair] = []

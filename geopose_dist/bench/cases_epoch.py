@@ -59,9 +59,9 @@ class Rates:
         return timing([1 / rate for rate in self.tiles_per_s])
 
 
-def epoch(repeats: int, recipe: BenchRecipe, shards: Path, run: TrainRecipe) -> list[Row]:
+def epoch(repeats: int, recipe: BenchRecipe, shards: str, run: TrainRecipe) -> list[Row]:
     """Tiles per second of loader, network and both, seconds per epoch, and the verdict."""
-    wanted = for_bench(run, str(shards))
+    wanted = for_bench(run, shards)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder, StopRequest() as stop, join_world(wanted.device) as world:
         total = (1 + repeats) * recipe.steps  # the first window of the loop is its warm-up

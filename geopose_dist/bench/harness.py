@@ -44,8 +44,8 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS
 class BenchData:
     """What the cases read."""
 
-    shards: Path | None = None
-    """Folder of shards, for the cases that read one."""
+    shards: str | None = None
+    """Folder or URL of shards, for the cases that read them."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def keep_to(threads: int) -> None:
 
 
 def chosen(
-    names: list[str], known: Mapping[str, Case], shards: Path | None, run: TrainRecipe | None = None
+    names: list[str], known: Mapping[str, Case], shards: str | None, run: TrainRecipe | None = None
 ) -> list[str]:
     """The cases to run; UserError for unknown names, and for named cases that lack their shards or recipe."""
     for name in names:
@@ -270,7 +270,7 @@ def run(recipe: BenchRecipe) -> None:
 
     keep_to(recipe.threads)
     known = collect()
-    shards = recipe.data.shards or (Path(recipe.run.data.shards) if recipe.run.data.shards else None)
+    shards = recipe.data.shards or recipe.run.data.shards or None
     training = recipe.run if recipe.of_training else None
     names = chosen(recipe.cases, known, shards, training)
     offered = {"repeats": recipe.repeats, "shards": shards, "recipe": recipe, "run": training}
