@@ -27,29 +27,32 @@ MAX_NPY_HEADER_BYTES = 4096
 def open_shards(shards: str, split: str, store: StoreRecipe | None = None) -> ShardSet:
     """One split of the shards at a folder or URL (UserError; StoreFailure if a store does not answer)."""
     recipe = store or StoreRecipe()
-    folder, root = locate(shards, recipe)
-    return reopen(folder, root, split, recipe)
+    folder, root, facts = locate(shards, recipe)
+    return reopen(folder, root, split, recipe, facts)
 
 
-def reopen(folder: Path, root: str, split: str, store: StoreRecipe) -> ShardSet:
+def reopen(
+    folder: Path, root: str, split: str, store: StoreRecipe, facts: Manifest | None = None
+) -> ShardSet:
     """A split whose manifest and index lie in `folder` and whose shards are at `root`."""
-    return dataclasses.replace(manifest.open_split(folder, split), root=root, folder=str(folder), store=store)
+    opened = manifest.open_split(folder, split, facts)
+    return dataclasses.replace(opened, root=root, folder=str(folder), store=store)
 
 
 def read_manifest(shards: str, store: StoreRecipe | None = None) -> Manifest:
     """The manifest of the shards at a folder or URL (UserError, StoreFailure)."""
-    return manifest.read_manifest(locate(shards, store or StoreRecipe())[0])
+    return locate(shards, store or StoreRecipe())[2]
 
 
-def locate(shards: str, recipe: StoreRecipe) -> tuple[Path, str]:
-    """The local folder with manifest and index, and the folder or URL with the shards."""
+def locate(shards: str, recipe: StoreRecipe) -> tuple[Path, str, Manifest]:
+    """The local folder with manifest and index, the folder or URL with the shards, and the manifest."""
     check_place(shards)
     if urls.is_url(shards):
-        return _fetched(shards, recipe), str(urls.parse(shards))
-    elsewhere = manifest.read_manifest(Path(shards)).recipe.get("shards_url")
-    if elsewhere is None:
-        return Path(shards), shards
-    return Path(shards), str(urls.parse(str(elsewhere)))
+        folder = _fetched(shards, recipe)
+        return folder, str(urls.parse(shards)), manifest.read_manifest(folder)
+    facts = manifest.read_manifest(Path(shards))
+    elsewhere = facts.recipe.get("shards_url")
+    return Path(shards), str(urls.parse(str(elsewhere))) if elsewhere is not None else shards, facts
 
 
 def check_place(shards: str) -> None:

@@ -108,12 +108,24 @@ class ShardSet:
         return len(self.index)
 
     def shard_sizes(self) -> list[int]:
-        """Samples of each shard of this split, in order."""
-        return [shard.samples for shard in self.manifest.shards if shard.split == self.split]
+        """Samples of each shard of this split, in order; of a part of it, those that the part begins with."""
+        sizes = np.array([shard.samples for shard in self.manifest.shards if shard.split == self.split])
+        before = np.cumsum(sizes) - sizes
+        used = int((before < len(self.index)).sum())
+        return [int(size) for size in np.minimum(sizes, len(self.index) - before)[:used]]
+
+    def first(self, samples: int) -> ShardSet:
+        """The first so many samples, which packing shuffled; 0 = all of them (UserError if there are fewer)."""
+        if samples > len(self.index):
+            raise UserError(
+                f"data.samples is {samples}, but split {self.split!r} of {self.root} has {len(self.index)}; name at "
+                "most so many, or 0 for all"
+            )
+        return dataclasses.replace(self, index=self.index[:samples]) if samples else self
 
     def fingerprint(self) -> str:
         """A short name for exactly these samples in exactly this order: what resuming must agree on."""
-        digest = hashlib.sha256(np.ascontiguousarray(self.index).tobytes())
+        digest = hashlib.sha256(np.ascontiguousarray(self.index).view(np.uint8))  # no copy of what is mapped
         for shard in self.manifest.shards:
             if shard.split == self.split:
                 digest.update(f"{shard.name} {shard.sha256}\n".encode())
@@ -150,8 +162,7 @@ def parse(data: bytes, where: str) -> Manifest:
                 "version of geopose-dist that packed it"
             )
         shards = [Shard(**shard) for shard in facts["shards"]]
-        for shard in shards:
-            _check(shard)
+        _check(shards)
         if not isinstance(facts["recipe"], dict) or not isinstance(facts["statistics"], dict):
             raise TypeError("recipe and statistics are no tables")
         return Manifest(
@@ -166,18 +177,24 @@ def parse(data: bytes, where: str) -> Manifest:
         raise UserError(f"{where}: not a manifest of shards ({error}); pack again") from error
 
 
-def _check(shard: Shard) -> None:
-    texts, counts = (shard.name, shard.split, shard.sha256), (shard.samples, shard.bytes)
-    if not all(isinstance(text, str) for text in texts):
-        raise TypeError("name, split and sha256 of a shard are texts")
-    if not all(type(count) is int and 0 <= count < 1 << 62 for count in counts):
-        raise TypeError(f"samples and bytes of {shard.name!r} are whole numbers")
+def _check(shards: list[Shard]) -> None:
+    """Refuse fields of another kind than they should be (TypeError); by field, as there may be many shards."""
+    texts, counts = ("name", "split", "sha256"), ("samples", "bytes")
+    for field_name, kind in [*((name, str) for name in texts), *((name, int) for name in counts)]:
+        values = [getattr(shard, field_name) for shard in shards]
+        if {type(value) for value in values} - {kind}:
+            raise TypeError(f"{field_name} of a shard is no {'text' if kind is str else 'whole number'}")
+        if kind is int and not 0 <= min(values, default=0) <= max(values, default=0) < 1 << 62:
+            raise TypeError(f"{field_name} of a shard cannot be")
 
 
-def open_split(root: str | Path, split: str) -> ShardSet:
-    """Open one split of a folder of shards; the index is memory-mapped, not read (UserError)."""
+def open_split(root: str | Path, split: str, known: Manifest | None = None) -> ShardSet:
+    """Open one split of a folder of shards; the index is memory-mapped, not read (UserError).
+
+    `known` is the folder's manifest if it was read already: that of 10 million samples takes most of a second.
+    """
     folder = Path(root)
-    manifest = read_manifest(folder)
+    manifest = known or read_manifest(folder)
     path = folder / INDEX_NAME
     try:
         index = np.load(path, mmap_mode="r", allow_pickle=False)
