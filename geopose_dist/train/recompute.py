@@ -53,12 +53,14 @@ def _contexts(block: nn.Module) -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def _buffers_untouched(block: nn.Module) -> Iterator[None]:
-    """Normalise by the batch without moving the running buffers: what torch does where none are tracked."""
-    tracking = [m for m in block.modules() if getattr(m, "track_running_stats", False)]
-    for module in tracking:
-        module.track_running_stats = False  # type: ignore[assignment]
+    """Let normalisation move copies of its running buffers."""
+    owners = [module for module in block.modules() if module._buffers]
+    kept = [dict(module._buffers) for module in owners]
+    for module in owners:
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.clone()
     try:
         yield
     finally:
-        for module in tracking:
-            module.track_running_stats = True  # type: ignore[assignment]
+        for module, buffers in zip(owners, kept, strict=True):
+            module._buffers.update(buffers)
