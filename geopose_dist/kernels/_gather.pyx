@@ -92,32 +92,67 @@ cdef extern from *:
             memset(inside + first, 0, last - first);
     }
 
-    /* Copy with the axes turned or mirrored: out[r, c] = in[r * row_step + c * col_step], steps in pixels.
-       By blocks, because one of the two sides may run against the grain of the memory. */
-    static void gp_turn(const uint8_t *rgb, const uint8_t *rgb_end, const float *agl, int agl_too, Py_ssize_t row_step,
-                        Py_ssize_t col_step, int rows, int cols, uint8_t *out_rgb, float *out_agl) {
+    /* Heights with the axes turned or mirrored: out[r, c] = in[r * row_step + c * col_step]. Where rows become columns,
+       by squares of 8 x 8, within which every line of the cache that is touched is used up. */
+    static void gp_turn_heights(const float *restrict agl, Py_ssize_t row_step, Py_ssize_t col_step, int rows, int cols,
+                                float *restrict out) {
+        if (col_step == 1 || col_step == -1) {
+            for (int r = 0; r < rows; r++, agl += row_step, out += cols) {
+                if (col_step == 1)
+                    memcpy(out, agl, sizeof(float) * (size_t)cols);
+                else
+                    for (int c = 0; c < cols; c++)
+                        out[c] = agl[-c];
+            }
+            return;
+        }
+        for (int top = 0; top < rows; top += 8)
+            for (int left = 0; left < cols; left += 8) {
+                const int high = rows - top < 8 ? rows - top : 8, wide = cols - left < 8 ? cols - left : 8;
+                const float *from = agl + top * row_step + left * col_step;
+                float *to = out + (Py_ssize_t)top * cols + left;
+    #if defined(__SSE2__)
+                if (high == 8 && wide == 8) {
+                    const Py_ssize_t back = row_step < 0 ? -3 : 0, up = row_step < 0 ? -cols : cols;
+                    for (int r = 0; r < 8; r += 4)
+                        for (int c = 0; c < 8; c += 4) {
+                            const float *f = from + r * row_step + c * col_step + back;
+                            float *t = to + (Py_ssize_t)(row_step < 0 ? r + 3 : r) * cols + c;
+                            __m128 v0 = _mm_loadu_ps(f), v1 = _mm_loadu_ps(f + col_step);
+                            __m128 v2 = _mm_loadu_ps(f + 2 * col_step), v3 = _mm_loadu_ps(f + 3 * col_step);
+                            _MM_TRANSPOSE4_PS(v0, v1, v2, v3);
+                            _mm_storeu_ps(t, v0);
+                            _mm_storeu_ps(t + up, v1);
+                            _mm_storeu_ps(t + 2 * up, v2);
+                            _mm_storeu_ps(t + 3 * up, v3);
+                        }
+                    continue;
+                }
+    #endif
+                for (int r = 0; r < high; r++)
+                    for (int c = 0; c < wide; c++)
+                        to[(Py_ssize_t)r * cols + c] = from[r * row_step + c * col_step];
+            }
+    }
+
+    /* Colours likewise, steps in pixels; by blocks, because one of the two sides may run against the grain. */
+    static void gp_turn(const uint8_t *rgb, const uint8_t *rgb_end, Py_ssize_t row_step, Py_ssize_t col_step, int rows,
+                        int cols, uint8_t *out_rgb) {
         const int side = col_step == 1 || col_step == -1 ? cols : 32;
         for (int top = 0; top < rows; top += 32)
             for (int left = 0; left < cols; left += side)
                 for (int r = top; r < top + 32 && r < rows; r++) {
                     const int stop = left + side < cols ? left + side : cols;
                     const uint8_t *from = rgb + 3 * (r * row_step + left * col_step);
-                    const float *high = agl + (agl_too ? r * row_step : 0);
                     uint8_t *to = out_rgb + 3 * ((Py_ssize_t)r * cols + left);
-                    float *low = out_agl + (agl_too ? (Py_ssize_t)r * cols : 0);
                     if (col_step == 1) {
                         memcpy(to, from, 3 * (size_t)cols);
-                        if (agl_too)
-                            memcpy(low, high, sizeof(float) * (size_t)cols);
                         continue;
                     }
                     /* Four bytes at a time are quicker than three; the fourth is written again by the next pixel. */
                     for (int c = left; c < stop - 1; c++, from += 3 * col_step, to += 3)
                         memcpy(to, from, from + 4 <= rgb_end ? 4 : 3);
                     memcpy(to, from, 3);
-                    if (agl_too)
-                        for (int c = left; c < stop; c++)
-                            low[c] = high[c * col_step];
                 }
     }
 
@@ -196,8 +231,10 @@ cdef extern from *:
     int gp_inside(const int32_t *at, int n, uint8_t *inside) noexcept nogil
     void gp_span(const gp_line *line, int n, int *first, int *last) noexcept nogil
     void gp_outside(int first, int last, const uint8_t *fill, uint8_t *rgb, float *agl, uint8_t *inside) noexcept nogil
-    void gp_turn(const uint8_t *rgb, const uint8_t *rgb_end, const float *agl, int agl_too, Py_ssize_t row_step,
-                 Py_ssize_t col_step, int rows, int cols, uint8_t *out_rgb, float *out_agl) noexcept nogil
+    void gp_turn(const uint8_t *rgb, const uint8_t *rgb_end, Py_ssize_t row_step, Py_ssize_t col_step, int rows,
+                 int cols, uint8_t *out_rgb) noexcept nogil
+    void gp_turn_heights(const float *agl, Py_ssize_t row_step, Py_ssize_t col_step, int rows, int cols,
+                         float *out) noexcept nogil
 
 
 cdef enum:
@@ -302,8 +339,11 @@ def turn(const uint8_t[:, :, ::1] rgb, const float[:, ::1] agl_m, bint has_agl, 
     cdef const uint8_t *start = &rgb[0, 0, 0]
     cdef const uint8_t *end = start + 3 * rgb.shape[0] * rgb.shape[1]
     with nogil:
-        gp_turn(start + 3 * first, end, &agl_m[0, 0] + (first if has_agl else 0), has_agl, row_step, col_step,
-                <int>out_rgb.shape[0], <int>out_rgb.shape[1], &out_rgb[0, 0, 0], &out_agl[0, 0])
+        gp_turn(start + 3 * first, end, row_step, col_step, <int>out_rgb.shape[0], <int>out_rgb.shape[1],
+                &out_rgb[0, 0, 0])
+        if has_agl:
+            gp_turn_heights(&agl_m[0, 0] + first, row_step, col_step, <int>out_rgb.shape[0], <int>out_rgb.shape[1],
+                            &out_agl[0, 0])
 
 
 def tone(uint8_t[:, :, ::1] rgb, const uint8_t[:, ::1] table, const signed char[::1] noise,

@@ -1,18 +1,15 @@
-"""The sight-line and sun-ray marches of the synthetic renderer; doors and twin are in render.py.
+"""The colours of the synthetic renderer: what each sight line of _rays.pxd meets, lit by sun and sky.
 
-A height map of square cells with vertical walls between them is met exactly: a ray visits its cells in
-order (the traversal of Amanatides and Woo, 1987) and two coarser maps of block maxima let it skip blocks
-that lie wholly below it. No Python object is touched inside the loops, so threads may run them side by side.
+Material, texture, windows, cast shadow; edges are averaged over three rays. Doors and twin are in render.py. No
+Python object is touched inside the loops, so threads may run them side by side.
 """
 
-from libc.math cimport fabsf, floor, sqrtf
+from libc.math cimport fabsf, sqrtf
 from libc.stdint cimport int32_t, uint8_t, uint32_t
 
+from geopose_dist.kernels._rays cimport TOP, Hit, Scene, View, fill_scene, fill_view, look, sunlit
+
 cdef enum:
-    FINE = 3    # blocks of 8 x 8 cells
-    COARSE = 6  # blocks of 64 x 64 cells
-    TOP = 0
-    WALL = 1
     SUNNY = 1
     FACADE = 2
     LEAFY = 4
@@ -32,37 +29,6 @@ cdef enum:
     GLASS = 14
     RIB = 15
 
-cdef struct Scene:
-    const float* height
-    const float* fine
-    const float* coarse
-    const float* around
-    const int32_t* ids
-    const float* objects
-    const float* gains
-    const float* noise
-    Py_ssize_t rows
-    Py_ssize_t cols
-    Py_ssize_t fine_cols
-    Py_ssize_t coarse_cols
-    Py_ssize_t around_cols
-    Py_ssize_t noise_mask
-    float cell
-    float top
-
-cdef struct View:
-    # Cell of a pixel at height 0: col = col_x * x + col_y * y + col_0; it moves by rise_* cells per metre of height.
-    double col_x
-    double col_y
-    double col_0
-    double row_x
-    double row_y
-    double row_0
-    double rise_col
-    double rise_row
-    double per_col  # metres of height per cell, 0 where the line of sight does not move that way
-    double per_row
-
 cdef struct Light:
     float sun_x
     float sun_y
@@ -72,151 +38,6 @@ cdef struct Light:
     float spread
     float sun[3]
     float sky[3]
-
-cdef struct Hit:
-    Py_ssize_t row
-    Py_ssize_t col
-    float at_row
-    float at_col
-    float agl
-    int kind
-
-
-cdef inline double crossing(double origin, double per_cell, Py_ssize_t low, Py_ssize_t size) noexcept nogil:
-    """Height at which a falling ray at column or row `origin` + h / per_cell leaves [low, low + size); -1: never."""
-    if per_cell > 0:
-        return (low - origin) * per_cell
-    if per_cell < 0:
-        return (low + size - origin) * per_cell
-    return -1
-
-
-cdef inline Py_ssize_t clamp(double value, Py_ssize_t low, Py_ssize_t high) noexcept nogil:
-    cdef Py_ssize_t whole = <Py_ssize_t>value  # truncation: what it does below 0, low mends
-    if whole < low:
-        return low
-    if whole > high:
-        return high
-    return whole
-
-
-cdef inline void enter(double col0, double row0, View* v, Py_ssize_t size, Py_ssize_t low_row, Py_ssize_t low_col,
-                       double at_col, double at_row, double h, Py_ssize_t* row, Py_ssize_t* col) noexcept nogil:
-    """The cell in which a falling ray stands at height h, where it has just left a block or moved inside it."""
-    if at_col >= at_row and at_col >= h:
-        col[0] = low_col - 1 if v.rise_col > 0 else low_col + size
-        row[0] = clamp(row0 + h * v.rise_row, low_row, low_row + size - 1)
-    elif at_row >= h:
-        row[0] = low_row - 1 if v.rise_row > 0 else low_row + size
-        col[0] = clamp(col0 + h * v.rise_col, low_col, low_col + size - 1)
-    else:
-        col[0] = clamp(col0 + h * v.rise_col, low_col, low_col + size - 1)
-        row[0] = clamp(row0 + h * v.rise_row, low_row, low_row + size - 1)
-
-
-cdef Hit look(Scene* s, View* v, double x, double y) noexcept nogil:
-    """First surface on the line of sight of pixel (x, y), coming from above."""
-    cdef double col0 = v.col_x * x + v.col_y * y + v.col_0
-    cdef double row0 = v.row_x * x + v.row_y * y + v.row_0
-    cdef double h = s.top
-    cdef double leave_col, leave_row, below
-    cdef Py_ssize_t col = clamp(col0 + h * v.rise_col, 0, s.cols - 1)
-    cdef Py_ssize_t row = clamp(row0 + h * v.rise_row, 0, s.rows - 1)
-    cdef Py_ssize_t low_row, low_col, shift
-    cdef float block
-    cdef Hit hit
-    while 0 <= col < s.cols and 0 <= row < s.rows:
-        shift = 0
-        block = s.coarse[(row >> COARSE) * s.coarse_cols + (col >> COARSE)]
-        if block < h:
-            shift = COARSE
-        else:
-            block = s.fine[(row >> FINE) * s.fine_cols + (col >> FINE)]
-            if block < h:
-                shift = FINE
-            else:
-                block = s.height[row * s.cols + col]
-                if block >= h:  # equal where a skipped block let the ray down onto its highest top
-                    hit.kind = WALL if block - h > 1e-4 else TOP
-                    break
-        low_row = (row >> shift) << shift
-        low_col = (col >> shift) << shift
-        leave_col = crossing(col0, v.per_col, low_col, 1 << shift)
-        leave_row = crossing(row0, v.per_row, low_row, 1 << shift)
-        below = leave_col if leave_col > leave_row else leave_row
-        if below < block:
-            below = block
-            if shift == 0:
-                h = block
-                hit.kind = TOP
-                break
-        if below < h:  # rounding may put a crossing a hair above: never climb
-            h = below
-        enter(col0, row0, v, 1 << shift, low_row, low_col, leave_col, leave_row, below, &row, &col)
-    else:
-        # Left the map, which the door rules out but for rounding at its very border: bare ground there.
-        row = clamp(row, 0, s.rows - 1)
-        col = clamp(col, 0, s.cols - 1)
-        h = 0
-        hit.kind = TOP
-    hit.row = row
-    hit.col = col
-    hit.agl = <float>h
-    hit.at_col = <float>(col0 + h * v.rise_col)
-    hit.at_row = <float>(row0 + h * v.rise_row)
-    return hit
-
-
-cdef bint sunlit(Scene* s, double col0, double row0, double h0, double run_col, double run_row) noexcept nogil:
-    """Whether the sun is seen from a point, its own cell left out; run_*: cells per metre of climb to the sun."""
-    cdef Py_ssize_t col = <Py_ssize_t>floor(col0)
-    cdef Py_ssize_t row = <Py_ssize_t>floor(row0)
-    cdef double h = h0
-    cdef double leave_col, leave_row
-    cdef double per_col = 1 / run_col if run_col != 0 else 0
-    cdef double per_row = 1 / run_row if run_row != 0 else 0
-    cdef Py_ssize_t low_row, low_col, shift, size
-    cdef bint first = True
-    while 0 <= col < s.cols and 0 <= row < s.rows and h < s.top:
-        if first:
-            shift = 0
-            first = False
-        elif s.coarse[(row >> COARSE) * s.coarse_cols + (col >> COARSE)] <= h:
-            shift = COARSE
-        elif s.fine[(row >> FINE) * s.fine_cols + (col >> FINE)] <= h:
-            shift = FINE
-        elif s.height[row * s.cols + col] > h:
-            return False
-        else:
-            shift = 0
-        size = 1 << shift
-        low_row = (row >> shift) << shift
-        low_col = (col >> shift) << shift
-        # Climbs here: the boundary in the direction of travel.
-        leave_col = 1e30
-        leave_row = 1e30
-        if run_col > 0:
-            leave_col = h0 + (low_col + size - col0) * per_col
-        elif run_col < 0:
-            leave_col = h0 + (low_col - col0) * per_col
-        if run_row > 0:
-            leave_row = h0 + (low_row + size - row0) * per_row
-        elif run_row < 0:
-            leave_row = h0 + (low_row - row0) * per_row
-        if leave_col < leave_row:
-            if leave_col > h:
-                h = leave_col
-            col = low_col + size if run_col > 0 else low_col - 1
-            row = clamp(row0 + (h - h0) * run_row, low_row, low_row + size - 1)
-        elif leave_row < 1e29:
-            if leave_row > h:
-                h = leave_row
-            row = low_row + size if run_row > 0 else low_row - 1
-            col = clamp(col0 + (h - h0) * run_col, low_col, low_col + size - 1)
-        else:
-            return True
-    return True
-
 
 cdef inline uint32_t mix(uint32_t a) noexcept nogil:
     """A 32-bit hash (finaliser of the murmur family), for details that need no generator."""
@@ -374,63 +195,6 @@ cdef inline bint differ(int here, int there, int things, float climb) noexcept n
     if here & there & LEAFY:
         return False
     return things != 0 or fabsf(climb) > 1 or (here ^ there) & SUNNY
-
-
-cdef void fill_scene(Scene* s, const float[:, ::1] height, const float[:, ::1] fine, const float[:, ::1] coarse,
-                     float cell, float top) noexcept nogil:
-    s.height = &height[0, 0]
-    s.fine = &fine[0, 0]
-    s.coarse = &coarse[0, 0]
-    s.rows = height.shape[0]
-    s.cols = height.shape[1]
-    s.fine_cols = fine.shape[1]
-    s.coarse_cols = coarse.shape[1]
-    s.cell = cell
-    s.top = top
-
-
-cdef void fill_view(View* v, const double[::1] camera) noexcept nogil:
-    v.col_x = camera[0]
-    v.col_y = camera[1]
-    v.col_0 = camera[2]
-    v.row_x = camera[3]
-    v.row_y = camera[4]
-    v.row_0 = camera[5]
-    v.rise_col = camera[6]
-    v.rise_row = camera[7]
-    v.per_col = 1 / v.rise_col if v.rise_col != 0 else 0
-    v.per_row = 1 / v.rise_row if v.rise_row != 0 else 0
-
-
-def trace(const float[:, ::1] height, const float[:, ::1] fine, const float[:, ::1] coarse, float top,
-          const double[::1] camera, float[:, ::1] agl, float[:, ::1] row, float[:, ::1] col, uint8_t[:, ::1] kind):
-    """Fill agl (m), row and col (cells), kind (0 top, 1 wall) of the surface seen by each pixel centre."""
-    cdef Scene s
-    cdef View v
-    cdef Hit hit
-    cdef Py_ssize_t y, x
-    with nogil:
-        fill_scene(&s, height, fine, coarse, 1, top)
-        fill_view(&v, camera)
-        for y in range(agl.shape[0]):
-            for x in range(agl.shape[1]):
-                hit = look(&s, &v, <double>x, <double>y)
-                agl[y, x] = hit.agl
-                row[y, x] = hit.at_row
-                col[y, x] = hit.at_col
-                kind[y, x] = hit.kind
-
-
-def shadow(const float[:, ::1] height, const float[:, ::1] fine, const float[:, ::1] coarse, float top,
-           double run_col, double run_row, float lift, uint8_t[:, ::1] lit):
-    """Fill lit (1 where the sun is seen from `lift` metres above the middle of a cell)."""
-    cdef Scene s
-    cdef Py_ssize_t y, x
-    with nogil:
-        fill_scene(&s, height, fine, coarse, 1, top)
-        for y in range(lit.shape[0]):
-            for x in range(lit.shape[1]):
-                lit[y, x] = sunlit(&s, x + 0.5, y + 0.5, height[y, x] + lift, run_col, run_row)
 
 
 def render(const float[:, ::1] height, const float[:, ::1] fine, const float[:, ::1] coarse, float top, float cell,

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 import geopose_dist.kernels._render as _render
+import geopose_dist.kernels._trace as _trace
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -132,7 +133,7 @@ def trace(terrain: Terrain, camera: AffineCamera, rows: int, cols: int) -> tuple
     terrain.check(camera, rows, cols)
     agl, row, col = (np.empty((rows, cols), np.float32) for _ in range(3))
     kind = np.empty((rows, cols), np.uint8)
-    _render.trace(
+    _trace.trace(
         terrain.height, terrain.fine, terrain.coarse, terrain.top, camera.packed(), agl, row, col, kind
     )
     return agl, row, col, kind
@@ -156,7 +157,7 @@ def shadow(terrain: Terrain, light: Light, cell_m: float, lift_m: float = 0.0) -
     """1 where the sun is seen from `lift_m` above the middle of a cell, else 0; shape of the map."""
     lit = np.empty(terrain.height.shape, np.uint8)
     run = light.run(cell_m)
-    _render.shadow(terrain.height, terrain.fine, terrain.coarse, terrain.top, *run, lift_m, lit)
+    _trace.shadow(terrain.height, terrain.fine, terrain.coarse, terrain.top, *run, lift_m, lit)
     return lit
 
 
