@@ -309,3 +309,25 @@ def test_confidence_chooses_which_pixels_tell_the_direction() -> None:
 def test_impossible_models_are_named(changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         ModelRecipe(**changes)
+
+
+def test_hub_without_a_network_warns_and_goes_on_or_stops_on_request() -> None:
+    """The tests' environment forbids the hub (conftest.py), as a cluster's nodes often do."""
+    net = small(encoder="resnet18", weights="hub")
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    said = pretrained.load_encoder(net)
+    assert said.startswith("WARNING")
+    assert "resnet18" in said
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    with pytest.raises(UserError, match="weights_required"):
+        pretrained.load_encoder(small(encoder="resnet18", weights="hub", weights_required=True))
+
+
+def test_hub_weights_that_nobody_published_are_named() -> None:
+    with pytest.raises(UserError, match="nobody published weights of tu-mnasnet_050"):
+        pretrained.load_encoder(small(encoder="tu-mnasnet_050", weights="hub"))
+
+
+def test_unknown_tag_of_a_known_encoder_offers_the_published_ones() -> None:
+    with pytest.raises(UserError, match=r"tu-resnet18\.a1_in1k"):
+        GeoposeNet(ModelRecipe(encoder="tu-resnet18.nonsense"))

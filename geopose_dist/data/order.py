@@ -22,7 +22,7 @@ from geopose_dist.errors import UserError
 PAGE = 4096
 """Positions computed at a time."""
 
-FROM_TRAINING = ("shards", "store", "train_split", "order", "city_weights", "global_batch", "micro_batch")
+FROM_TRAINING = ("shards", "store", "train_split", "samples", "order", "city_weights", "global_batch", "micro_batch")
 TRAINING_ONLY = {"data", "model", "augment", "length", "optim", "precision", "out"}
 """Any of these at the top of a file shows that it is a training recipe."""
 
@@ -45,6 +45,8 @@ class OrderRecipe:
     """Seed of the run."""
     train_split: str = "train"
     """Split that the run learns from."""
+    samples: int = 0
+    """Samples at its beginning that the run learns from; 0: all."""
     order: str = "full"
     """full, or block:K."""
     city_weights: dict[str, int] = field(default_factory=dict)
@@ -62,6 +64,8 @@ class OrderRecipe:
 
     def __post_init__(self) -> None:
         parse_order(self.order)
+        if self.samples < 0:
+            raise ValueError(f"samples is {self.samples}; wanted 0 (all) or more")
         if self.epoch < 0 or self.start < 0 or (self.count is not None and self.count < 0):
             raise ValueError(
                 f"epoch {self.epoch}, start {self.start}, count {self.count}: none of them can be negative"
@@ -98,7 +102,7 @@ class OrderRecipe:
 
 def run(recipe: OrderRecipe) -> None:
     """Print the keys (UserError: no such shards, a damaged header)."""
-    shard_set = open_shards(recipe.shards, recipe.train_split, recipe.store)
+    shard_set = open_shards(recipe.shards, recipe.train_split, recipe.store).first(recipe.samples)
     global_batch, micro_batch = recipe.batches()
     plan = Plan.of(
         shard_set,

@@ -21,6 +21,8 @@ class DataRecipe:
     """Split to learn from."""
     validation_split: str = "val"
     """Split to validate on; training goes on without one, and says so, if the shards have none."""
+    samples: int = 0
+    """Learn from the first so many samples of the split only, which packing shuffled; 0: all of them."""
     global_batch: int = 8
     """Samples of one optimiser step over all ranks; part of the meaning of a run, so resuming keeps it."""
     micro_batch: int = 4
@@ -44,6 +46,8 @@ class DataRecipe:
     def __post_init__(self) -> None:
         check_batches(self.global_batch, self.micro_batch)
         parse_order(self.order)
+        if self.samples < 0:
+            raise ValueError(f"samples is {self.samples}; wanted 0 (all) or more")
         if self.workers < -1:
             raise ValueError(f"workers is {self.workers}; wanted 0 or more, or -1 to choose")
         if self.prefetch < 1:

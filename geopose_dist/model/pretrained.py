@@ -34,7 +34,14 @@ def load_encoder(net: GeoposeNet) -> str:
         count = _load_package(recipe, net.unet.encoder)
         return f"encoder starts from {PACKAGE} ({count} tensors)"
     if recipe.weights == "hub":
-        net.unet.encoder.load_state_dict(_from_hub(recipe))
+        found, trouble = _from_hub(recipe)
+        if found is None:
+            return (
+                f"WARNING: the hub's weights of {recipe.encoder} cannot be had ({trouble}), so the encoder starts from "
+                "random ones and learns far more slowly; name a local file as model.weights, or set "
+                "model.weights_required true to stop here instead"
+            )
+        net.unet.encoder.load_state_dict(found)
         return f"encoder starts from the hub's weights of {recipe.encoder}"
     path = Path(recipe.weights)
     if not path.is_file():
@@ -108,20 +115,26 @@ def _load_package(recipe: ModelRecipe, encoder: nn.Module) -> int:
     return len(targets)
 
 
-def _from_hub(recipe: ModelRecipe) -> dict[str, Tensor]:
+def _from_hub(recipe: ModelRecipe) -> tuple[dict[str, Tensor] | None, str]:
+    """The published weights, or None and why the hub could not give them (UserError if nobody published any)."""
     import segmentation_models_pytorch as smp
 
-    if os.environ.get("HF_HUB_OFFLINE") == "1":
-        raise UserError(
-            "model.weights hub needs the network, and HF_HUB_OFFLINE=1 forbids it; name a local file"
-        )
     weights: Any = True if recipe.encoder.startswith("tu-") else "imagenet"
     try:
         donor = smp.encoders.get_encoder(recipe.encoder, weights=weights)
     except OSError as error:  # requests' and huggingface_hub's network errors are OSErrors
+        offline = os.environ.get("HF_HUB_OFFLINE") == "1"
+        trouble = "HF_HUB_OFFLINE=1 and not in its cache" if offline else type(error).__name__
+        if recipe.weights_required:
+            raise UserError(
+                f"model.weights hub: the weights of {recipe.encoder} cannot be had ({trouble}); name a local file as "
+                "model.weights, or set model.weights_required false to start from random ones"
+            ) from error
+        return None, trouble
+    except (RuntimeError, LookupError) as error:
         raise UserError(
-            f"model.weights hub: {recipe.encoder} could not be fetched ({type(error).__name__}); name a local file, "
-            "or set model.weights none"
+            f"model.weights hub: nobody published weights of {recipe.encoder} ({str(error)[:150]}); choose another "
+            "model.encoder, a local file, or model.weights none"
         ) from error
     state: dict[str, Tensor] = donor.state_dict()
-    return state
+    return state, ""

