@@ -17,7 +17,7 @@ from range_server import Behaviour
 from tars import write_shards
 
 from geopose_dist.data import manifest
-from geopose_dist.data.loader import LoaderFailure, evaluation_loader, train_loader
+from geopose_dist.data.loader import LoaderFailure, evaluation_loader, train_loader, with_later
 from geopose_dist.data.plan import Plan
 from geopose_dist.data.reader import Reader, open_shards
 from geopose_dist.data.recipe import DataRecipe
@@ -319,3 +319,28 @@ def test_ten_million_samples_start_in_a_second(tmp_path: Path):
     )
     assert max(starts) < 1
     assert opening + planning < 5  # 0.7 + 0.2 s of CPU time where nothing else runs
+
+
+def test_the_next_micro_batch_is_read_while_this_one_is_used(web: tuple[str, Behaviour], tmp_path: Path):
+    """Whoever takes its time over a batch finds the next one read."""
+    url, acts = web
+    acts.delay_s = 0.03
+    recipe = recipe_of(url, tmp_path, cache_gb=0, global_batch=4, micro_batch=4)
+    shard_set = open_shards(url, "train", recipe.store)
+    loader = iter(train_loader(shard_set, recipe, SEED, 0, 1, 0, 4))
+    next(loader)
+    waits = []
+    for _ in range(3):
+        time.sleep(0.2)  # a training step
+        began = time.monotonic()
+        next(loader)
+        waits.append(time.monotonic() - began)
+    assert statistics.median(waits) < acts.delay_s
+    assert acts.count(".tar") == 1 + 16  # every sample once, and a look whether ranges are honoured
+
+
+@pytest.mark.parametrize("turn", [0, 1, 3])
+def test_each_batch_is_told_the_next_of_its_worker(turn: int):
+    pairs = list(with_later([[n] for n in range(5)], turn))
+    assert [batch for batch, _ in pairs] == [[n] for n in range(5)]
+    assert [later for _, later in pairs] == [[n + turn] if turn and n + turn < 5 else [] for n in range(5)]

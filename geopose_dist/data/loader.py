@@ -13,6 +13,7 @@ import multiprocessing.connection
 import signal
 import sys
 import weakref
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -77,7 +78,8 @@ class TrainLoader:
     ) -> None:
         self.substitutions: list[Substitution] = []
         self._recipe, self._workers, self._per_step, self._steps = recipe, workers, per_step, steps
-        self._samples, self._requests = samples, _Lending(batches)
+        turn = max(workers, 1) if samples.reader.is_far else 0
+        self._samples, self._requests = samples, _Lending(batches, turn)
         # What workers prepare, and what the caller holds: this step's batches and the last's.
         self._slots = recipe.prefetch * workers + min(2 * per_step, MAX_HELD) + 1 if workers else 0
         self._slot_bytes = slot_bytes
@@ -179,20 +181,37 @@ def _close_all() -> None:
 
 
 class _Lending:
-    """Lists of requests, each with a free slot of the ring for its batch, if there is one."""
+    """Lists of requests, each with a free slot of the ring for its batch, if there is one.
 
-    def __init__(self, batches: Iterable[list[Request]]) -> None:
-        self.batches = batches
+    Attributes:
+        turn: lists between two of the same worker; told what comes next, it reads that from afar while it decodes.
+            0: nothing is to be read from afar.
+    """
+
+    def __init__(self, batches: Iterable[list[Request]], turn: int) -> None:
+        self.batches, self.turn = batches, turn
         self.ring: Ring | None = None
 
     def __iter__(self) -> Iterator[Requests]:
-        for batch in self.batches:
+        for batch, next_batch in with_later(self.batches, self.turn):
             requests = Requests(batch)
+            requests.later = [request.index for request in next_batch]
             requests.slot = None if self.ring is None else self.ring.lend()
             yield requests
 
     def __len__(self) -> int:
         return len(self.batches)  # type: ignore[arg-type]
+
+
+def with_later(batches: Iterable[list[Request]], turn: int) -> Iterator[tuple[list[Request], list[Request]]]:
+    """Each batch with the one `turn` places behind it; with nothing at the end, or if `turn` is 0."""
+    waiting: deque[list[Request]] = deque()
+    for batch in batches:
+        waiting.append(batch)
+        if len(waiting) > turn:
+            yield waiting.popleft(), batch if turn else []
+    while waiting:
+        yield waiting.popleft(), []
 
 
 class _Requests:

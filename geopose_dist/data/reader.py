@@ -42,7 +42,8 @@ class Reader:
     def __reduce__(self) -> tuple[Any, ...]:
         # The index is opened again, not sent: pickling a memory map would copy all of it.
         opened = self.shard_set
-        return _reopen, (opened.folder, opened.root, opened.split, opened.store, self._given)
+        where = (opened.folder, opened.root, opened.split, len(opened))
+        return _reopen, (*where, opened.store, self._given)
 
     def __len__(self) -> int:
         return len(self.shard_set)
@@ -51,6 +52,11 @@ class Reader:
         """Shard and offset of a sample, for messages."""
         name, offset, _, _ = self._span(index)
         return f"{urls.join(self.shard_set.root, name)}, offset {offset}"
+
+    @property
+    def is_far(self) -> bool:
+        """Whether samples come over a network, so that it pays to ask for them early."""
+        return isinstance(self.source, RemoteSource)
 
     def check_order(self, block: int) -> None:
         """Refuse an order that this source cannot be read in (UserError); block is K of block:K, 0 for full."""
@@ -123,5 +129,8 @@ def _source_of(shard_set: ShardSet) -> tuple[ByteSource, ShardSet]:
     return source, dataclasses.replace(shard_set, store=source.recipe)
 
 
-def _reopen(folder: str, root: str, split: str, store: StoreRecipe, source: ByteSource | None) -> Reader:
-    return Reader(catalogue.reopen(Path(folder), root, split, store), source)
+def _reopen(
+    folder: str, root: str, split: str, rows: int, store: StoreRecipe, source: ByteSource | None
+) -> Reader:
+    opened = catalogue.reopen(Path(folder), root, split, store)
+    return Reader(dataclasses.replace(opened, index=opened.index[:rows]), source)

@@ -32,6 +32,7 @@ class RemoteSource:
         self.shards = {shard.name: shard for shard in shard_set.manifest.shards}
         self.cache_folder = catalogue.cache_folder(shard_set)
         self._process = 0
+        self._ahead: dict[tuple[str, int, int], Future[bytes]] = {}
 
     @classmethod
     def of(cls, shard_set: ShardSet) -> RemoteSource:
@@ -80,12 +81,14 @@ class RemoteSource:
     def prefetch(self, spans: Iterable[Span]) -> None:
         """See `source.ByteSource`."""
         self._open()
-        self._forget()
+        before, self._ahead = self._ahead, {}
         for name, offset, length, crc in spans:
-            if (name, offset, length) not in self._ahead:
-                self._ahead[name, offset, length] = self._threads.submit(
-                    self._read, name, offset, length, crc
-                )
+            place = (name, offset, length)
+            if place not in self._ahead:
+                future = before.pop(place, None)
+                self._ahead[place] = future or self._threads.submit(self._read, *place, crc)
+        for future in before.values():
+            future.cancel()
 
     def _forget(self) -> None:
         for future in self._ahead.values():
@@ -103,7 +106,7 @@ class RemoteSource:
             )
         self._cache = ShardCache(folder.parent, folder.name, limit) if limit else None
         self._threads = ThreadPoolExecutor(self.recipe.in_flight, thread_name_prefix="store")
-        self._ahead: dict[tuple[str, int, int], Future[bytes]] = {}
+        self._ahead = {}
         self._process = os.getpid()  # last: another thread may be waiting for it
 
     def _read(self, name: str, offset: int, length: int, crc: int | None) -> bytes:

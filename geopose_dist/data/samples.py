@@ -8,7 +8,7 @@ the draw reads. Errors come back as values with the sample's name.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -74,9 +74,14 @@ def generator_for(seed: int, visit: int, index: int, crop: int = 0) -> np.random
 
 
 class Requests(list[Request]):
-    """The samples of one micro-batch; `slot` of the ring is lent for it, if any."""
+    """The samples of one micro-batch; `slot` of the ring is lent for it, if any.
+
+    Attributes:
+        later: indices that the same worker will be asked for next, where they have to come from afar.
+    """
 
     slot: int | None = None
+    later: Sequence[int] = ()
 
 
 class Samples(Dataset[Any]):
@@ -98,7 +103,8 @@ class Samples(Dataset[Any]):
         try:
             views: list[View] = []
             substitutions: list[Substitution] = []
-            self.reader.prefetch([r.index for r in requests])
+            later = requests.later if isinstance(requests, Requests) else ()
+            self.reader.prefetch([*(r.index for r in requests), *later])
             for at in requests:
                 views.append(self._view(at, substitutions))
             positions, visits = [r.position for r in requests], [r.visit for r in requests]
