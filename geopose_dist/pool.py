@@ -17,6 +17,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -33,6 +34,8 @@ Result = TypeVar("Result")
 
 TASK_RETRIES = 4
 """How often an item of `ray_map` is tried again after its worker or node died."""
+CONNECT_S = 20.0
+"""Longest wait for a cluster's first answer."""
 OBJECT_STORE_BYTES = 100_000_000
 """Ray's shared memory: only names and small reports travel through it, pixels never do."""
 
@@ -182,8 +185,9 @@ def _join_ray(address: str, *, cpus: int, use_gpus: bool) -> bool:
         return False
     if address:
         try:
+            _knock(address)
             ray.init(address=address, logging_level=logging.WARNING)
-        except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             raise UserError(
                 f"--ray-address {address}: cannot be joined ({error}); start a cluster with "
                 "`ray start --head`, with the same RAY_AUTH_TOKEN here and there"
@@ -198,6 +202,13 @@ def _join_ray(address: str, *, cpus: int, use_gpus: bool) -> bool:
         logging_level=logging.WARNING,
     )
     return True
+
+
+def _knock(address: str) -> None:
+    """OSError if nobody listens at HOST:PORT: Ray itself would try for minutes."""
+    host, colon, port = address.rpartition(":")
+    if colon and "/" not in host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
 
 
 Make = Callable[[int], Callable[[Any], Any]]

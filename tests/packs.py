@@ -40,3 +40,28 @@ def spoil(dataset: Path) -> dict[str, str]:
         "_AGL.tif: heights are float32",
     ]
     return dict(zip(keys, said, strict=False))
+
+
+def children(pid: int) -> list[int]:
+    """Processes under `pid`, at any depth."""
+    parents: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it ended meanwhile
+            continue
+        parents.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    found, unseen = [], [pid]
+    while unseen:
+        below = parents.get(unseen.pop(), [])
+        found += below
+        unseen += below
+    return found
+
+
+def command_line(pid: int) -> bytes:
+    """Words of a process; empty if it has ended."""
+    try:
+        return (Path("/proc") / str(pid) / "cmdline").read_bytes()
+    except OSError:
+        return b""

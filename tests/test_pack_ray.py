@@ -1,0 +1,100 @@
+"""Packing on a Ray cluster: the bytes of a local packing though a worker and a node die; errors as they are."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packs import children, command_line, hashes, run_pack, spoil
+from tiles import make_dataset
+
+from geopose_dist import pool
+from geopose_dist.data.plan import parse_order
+from geopose_dist.errors import FoundProblems, UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.slow
+
+
+@contextlib.contextmanager
+def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """A cluster of two nodes with a core each: its address and its process, which kills a node on request."""
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 4)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    command = [sys.executable, str(Path(__file__).with_name("two_nodes.py"))]
+    pipe, noise = subprocess.PIPE, subprocess.DEVNULL
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=noise, text=True) as cluster:
+        assert cluster.stdin is not None
+        assert cluster.stdout is not None
+        try:
+            yield cluster.stdout.readline().strip(), cluster
+        finally:
+            cluster.stdin.close()
+
+
+def wait_for(folder: Path, count: int, process: subprocess.Popen[bytes]) -> None:
+    limit = time.monotonic() + 90
+    while len(list(folder.glob("*.json"))) < count and process.poll() is None:
+        assert time.monotonic() < limit, f"no {count} records in {folder}"
+        time.sleep(0.01)
+
+
+def busy_worker(cluster: int, job: subprocess.Popen[bytes]) -> int:
+    """A process of the cluster that works on an item right now: Ray calls those without one ray::IDLE."""
+    while job.poll() is None:
+        busy = [pid for pid in children(cluster) if b"ray::_call_there" in command_line(pid)]
+        if busy:
+            return busy[0]
+    raise AssertionError("the job ended before a worker could be killed")
+
+
+def test_a_cluster_packs_the_same_bytes_though_a_worker_and_a_node_die(tmp_path, monkeypatch):
+    make_dataset(tmp_path / "data", 100, size=256)
+    run_pack(tmp_path / "data", tmp_path / "local", shard_samples=1)
+    records, log = tmp_path / "out" / ".pack" / "records", tmp_path / "log"
+    with two_nodes(monkeypatch) as (address, cluster):
+        words = ["--source", "data", "--out", "out", "--shard-samples", "1", "--ray-address", address]
+        command = [sys.executable, "-m", "geopose_dist", "pack", *words]
+        environment = dict(os.environ, PYTHONPATH=str(ROOT))
+        with log.open("wb") as file:
+            # In a folder of its own: the nodes work elsewhere, and must be told whole paths.
+            job = subprocess.Popen(command, cwd=tmp_path, stdout=file, stderr=file, env=environment)
+        wait_for(records, 5, job)
+        os.kill(busy_worker(cluster.pid, job), signal.SIGKILL)
+        wait_for(records, 30, job)
+        assert job.poll() is None, log.read_text()
+        print("kill", file=cluster.stdin, flush=True)
+        assert cluster.stdout.readline() == "killed\n"
+        assert len(list(records.glob("*.json"))) < 100, "too fast to lose a node in the middle"
+        assert job.wait(timeout=240) == 0, log.read_text()
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "local")
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+
+
+def test_on_a_cluster_mistakes_are_sentences_and_damage_is_shared(tmp_path, monkeypatch):
+    make_dataset(tmp_path / "data", 10, test=2)
+    run_pack(tmp_path / "data", tmp_path / "local")
+    with two_nodes(monkeypatch) as (address, _):
+        run_pack(tmp_path / "data", tmp_path / "out", ray_address=address, workers=0)
+        assert hashes(tmp_path / "out") == hashes(tmp_path / "local")
+        said = spoil(tmp_path / "data")
+        with pytest.raises(FoundProblems) as caught:
+            run_pack(tmp_path / "data", tmp_path / "other", ray_address=address, workers=1)
+        assert len(caught.value.problems) == 5
+        assert all(any(key in text for text in caught.value.problems) for key in said)
+        # What a task raises reaches the caller as itself.
+        with pytest.raises(ValueError, match=r"^order is 'x'; wanted full, or block:K") as wrong:
+            list(pool.ray_map(parse_order, ["full", "x", "block:2"], address=address))
+        assert type(wrong.value) is ValueError
+        assert list(pool.ray_map(operator.neg, range(20), address=address)) == [-i for i in range(20)]
+        assert list(pool.ray_map(operator.neg, [], address=address)) == []
+    with pytest.raises(UserError, match=r"--ray-address 127.0.0.1:1: cannot be joined"):
+        run_pack(tmp_path / "data", tmp_path / "third", ray_address="127.0.0.1:1", skip_damaged=5)
