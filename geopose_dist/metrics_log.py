@@ -104,7 +104,7 @@ class MetricsLog:
         run.mkdir(parents=True, exist_ok=True)
         self._files = {name: run / f"{name}.jsonl" for name in ("metrics", "validation")}
         for path in self._files.values():
-            _keep_until(path, step)
+            keep_until(path, step)
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -126,7 +126,8 @@ class MetricsLog:
             self._board.close()
 
 
-def _keep_until(path: Path, step: int) -> None:
+def keep_until(path: Path, step: int) -> None:
+    """Drop the lines of a file of JSON objects that are of steps after `step`, or not whole."""
     if not path.exists():
         return
     lines = path.read_text().splitlines()

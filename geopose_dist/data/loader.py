@@ -63,7 +63,8 @@ class TrainLoader:
     """Iterate for the micro-batches of this rank, one list per step; `close` ends its workers at once.
 
     Attributes:
-        substitutions: every damaged sample that was replaced so far, in order.
+        substitutions: every damaged sample that was replaced so far, in order; whether they are too many is for
+            the run to say, which knows those of all ranks.
     """
 
     def __init__(
@@ -120,13 +121,15 @@ class TrainLoader:
         try:
             batch = next(self._iterator)
         except (RuntimeError, OSError, EOFError) as error:  # batches come over sockets from the workers
-            cause = _death(self._iterator._workers) if self._workers else ""
-            if not cause:
+            death = _death(self._iterator._workers) if self._workers else None
+            if death is None:
                 raise
+            worker, cause = death
             raise LoaderFailure(
-                f"a loader worker died ({cause}); nothing of its batch was trained on; run the same command "
-                "again to go on, with fewer data.workers if memory was short"
+                f"a loader worker died ({cause}){self._made_by(worker)}; nothing of its batch was trained on; run the "
+                "same command again to go on, with fewer data.workers if memory was short"
             ) from error
+        self._requests.arrived()
         if isinstance(batch, Failure):
             if batch.users:
                 raise UserError(batch.sentence)
@@ -135,6 +138,16 @@ class TrainLoader:
             raise LoaderFailure(batch.sentence)
         self._note(batch.substitutions)
         return batch  # type: ignore[no-any-return]
+
+    def _made_by(self, worker: int) -> str:
+        """Which samples a worker was at, as far as torch's own list of tasks tells."""
+        tasks = {number: info for number, info in self._iterator._task_info.items() if len(info) == 1}
+        mine = [number for number, info in tasks.items() if info[0] == worker]
+        requests = self._requests.under_way.get(min(mine)) if mine else None
+        if not requests:
+            return ""
+        names = ", ".join(self._samples.about(request.index) for request in requests)
+        return f" while it made positions {requests[0].position} to {requests[-1].position} of the stream: {names}"
 
     def _note(self, new: list[Substitution]) -> None:
         for one in new:
@@ -145,12 +158,6 @@ class TrainLoader:
                 flush=True,
             )
         self.substitutions += new
-        if len(self.substitutions) > self._recipe.damage_limit:
-            last = self.substitutions[-1]
-            raise UserError(
-                f"{len(self.substitutions)} damaged samples were replaced, more than data.damage_limit "
-                f"{self._recipe.damage_limit} allows; the last: {last.reason}"
-            )
 
     def worker_pids(self) -> list[int]:
         """Process numbers of the workers; empty before iteration and where there are none."""
@@ -186,18 +193,25 @@ class _Lending:
     Attributes:
         turn: lists between two of the same worker; told what comes next, it reads that from afar while it decodes.
             0: nothing is to be read from afar.
+        under_way: by number, lists that were sent to workers and whose batches have not come yet.
     """
 
     def __init__(self, batches: Iterable[list[Request]], turn: int) -> None:
         self.batches, self.turn = batches, turn
         self.ring: Ring | None = None
+        self.under_way: dict[int, Requests] = {}
 
     def __iter__(self) -> Iterator[Requests]:
-        for batch, next_batch in with_later(self.batches, self.turn):
-            requests = Requests(batch)
+        self.under_way.clear()
+        for number, (batch, next_batch) in enumerate(with_later(self.batches, self.turn)):
+            requests = self.under_way[number] = Requests(batch)
             requests.later = [request.index for request in next_batch]
             requests.slot = None if self.ring is None else self.ring.lend()
             yield requests
+
+    def arrived(self) -> None:
+        """The batch of the first list under way has come; they come in order."""
+        del self.under_way[next(iter(self.under_way))]
 
     def __len__(self) -> int:
         return len(self.batches)  # type: ignore[arg-type]
@@ -316,12 +330,12 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def _death(workers: list[Any]) -> str:
-    """What ended a worker, by its exit code; empty if all live. It is given a moment to show."""
+def _death(workers: list[Any]) -> tuple[int, str] | None:
+    """Which worker ended and how, by its exit code; None if all live. It is given a moment to show."""
     multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=2)
-    for code in (worker.exitcode for worker in workers):
+    for number, code in enumerate(worker.exitcode for worker in workers):
         if code is not None and code < 0:
-            return f"killed by {signal.Signals(-code).name}"
+            return number, f"killed by {signal.Signals(-code).name}"
         if code:
-            return f"exit code {code}"
-    return ""
+            return number, f"exit code {code}"
+    return None

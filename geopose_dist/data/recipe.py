@@ -41,7 +41,7 @@ class DataRecipe:
     on_damage: Literal["stop", "substitute"] = "stop"
     """A sample that cannot be read stops the run, or is replaced by a keyed draw and logged."""
     damage_limit: int = 10
-    """Replaced samples, per rank since its start, past which the run stops after all."""
+    """Replaced samples of all ranks and starts of a run past which it stops after all; `damage.jsonl` names them."""
 
     def __post_init__(self) -> None:
         check_batches(self.global_batch, self.micro_batch)

@@ -120,7 +120,7 @@ class Samples(Dataset[Any]):
         except (
             Exception
         ) as error:  # a bug must reach the user with its sample's name: the parent raises again
-            sample = f"{self._name(at.index)} ({self.reader.where(at.index)}), position {at.position}"
+            sample = f"{self.about(at.index)}, position {at.position}"
             sentence = f"loading {sample} failed: {type(error).__name__}: {error}"
             return Failure(sentence, traceback.format_exc(), users=False)
 
@@ -158,6 +158,10 @@ class Samples(Dataset[Any]):
         if isinstance(transform, Windowed):
             return transform.apply(view, drawn)
         return view if transform is None else transform(view, rng)
+
+    def about(self, index: int) -> str:
+        """Key, shard and offset of a sample, for messages."""
+        return f"{self._name(index)} ({self.reader.where(index)})"
 
     def _name(self, index: int) -> str:
         try:

@@ -60,7 +60,8 @@ def train(session: Session, stop: StopRequest, watch: Watch | None = None) -> No
             step = session.progress.step
             watch.at(f"step {step + 1}: agreeing to go on")
             session.writer.check()
-            elapsed_s, asked = agree(world, session.elapsed_s(), stop)
+            elapsed_s, asked, replaced = agree(world, session.elapsed_s(), stop, session.damage.count)
+            session.damage.agreed(replaced)
             fraction = session.fraction(elapsed_s)
             if fraction >= 1 or session.worn_out():
                 break
@@ -74,6 +75,7 @@ def train(session: Session, stop: StopRequest, watch: Watch | None = None) -> No
             set_lr(session.stepper.optimizer, lr_factor(recipe.optim, step, fraction))
             watch.at(f"step {step + 1}: waiting for data")
             batches = meter.waiting(steps.take)
+            session.damage.note(step + 1, batches)
             watch.at(f"step {step + 1}: forward, backward and the exchange of gradients")
             result = session.stepper.step(batches, step, world.rank)
             session.verdicts.note(step, session.stepper.guard.verdict, batches)
@@ -101,11 +103,11 @@ def train(session: Session, stop: StopRequest, watch: Watch | None = None) -> No
     session.say(session.summary())
 
 
-def agree(world: World, elapsed_s: float, stop: StopRequest) -> tuple[float, bool]:
-    """Rank 0's clock, and whether any rank was asked to stop: one small exchange on the CPU."""
-    control = torch.tensor([elapsed_s if world.is_first else 0.0, float(bool(stop))], dtype=torch.float64)
-    clock, asked = world.sum(control).tolist()
-    return clock, asked > 0
+def agree(world: World, elapsed_s: float, stop: StopRequest, replaced: int) -> tuple[float, bool, int]:
+    """Rank 0's clock, whether any rank was asked to stop, and what all replaced: one small exchange on the CPU."""
+    mine = [elapsed_s if world.is_first else 0.0, float(bool(stop)), float(replaced)]
+    clock, asked, of_all = world.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
+    return clock, asked > 0, int(of_all)
 
 
 def take_score(session: Session) -> None:

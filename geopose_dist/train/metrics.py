@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from geopose_dist.errors import FinishedWithFailures
 from geopose_dist.metrics_log import Progress as ProgressBar
 from geopose_dist.model import loss
 from geopose_dist.train.session import Session
@@ -58,9 +57,7 @@ class Meter:
         return speeds
 
 
-def write_metrics(
-    session: Session, result: StepResult, meter: Meter, bar: ProgressBar
-) -> None:
+def write_metrics(session: Session, result: StepResult, meter: Meter, bar: ProgressBar) -> None:
     """One line of metrics.jsonl about the step just taken; what is not finite (see guard.py) is null there."""
     shares = session.world.sum(torch.cat([result.loss[None], result.terms]))
     value, *terms, grad_norm = torch.cat([shares, result.grad_norm[None]]).tolist()  # waits for the device
@@ -75,6 +72,8 @@ def write_metrics(
         "lr": optimizer.param_groups[-1]["lr"],
         "grad_norm": grad_norm,
     }
+    if session.recipe.data.on_damage == "substitute":
+        line["replaced"] = session.damage.total()
     if session.world.device.type == "cuda":
         line["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     line = {

@@ -21,6 +21,7 @@ from geopose_dist.model.unet import GeoposeNet
 from geopose_dist.runtime import World
 from geopose_dist.train import checkpoint, opening
 from geopose_dist.train.checkpoint import Progress, Snapshot
+from geopose_dist.train.damage import Damage
 from geopose_dist.train.guard import Verdicts
 from geopose_dist.train.optim import AveragedWeights, make_optimizer
 from geopose_dist.train.recipe import Length, TrainRecipe
@@ -45,6 +46,7 @@ class Session:
         writer: writes checkpoints, on rank 0.
         facts: what prediction must share with training.
         verdicts: reads whether steps were finite.
+        damage: counts samples that stood in for damaged ones.
     """
 
     recipe: TrainRecipe
@@ -61,6 +63,7 @@ class Session:
     progress: Progress
     writer: Writer
     verdicts: Verdicts
+    damage: Damage
     finished: bool = False
     _began: float = field(default_factory=time.monotonic)
 
@@ -206,6 +209,7 @@ def open_session(recipe: TrainRecipe, world: World) -> Session:
         progress=progress,
         writer=Writer(run, recipe),
         verdicts=Verdicts(recipe, world, opened.shards.manifest.cities),
+        damage=Damage(run, progress.step, recipe.data.damage_limit, world),
         finished=opened.total_steps is not None and progress.step >= opened.total_steps,
     )
     session.finished |= session.worn_out()
