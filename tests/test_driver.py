@@ -16,8 +16,8 @@ import torch
 
 from geopose_dist import cli
 from geopose_dist.errors import UserError
-from geopose_dist.infer.driver import find_source
 from geopose_dist.infer.recipe import PredictRecipe
+from geopose_dist.infer.sources import find_source
 from geopose_dist.infer.work import TileSource, WorkItem, fix_batches
 from geopose_dist.model.recipe import ModelRecipe
 from geopose_dist.model.unet import GeoposeNet
@@ -144,7 +144,8 @@ def test_metres_on_request(tiles: Path, checkpoint: Path, tmp_path: Path) -> Non
 def test_sources(tiles: Path, tmp_path: Path, checkpoint: Path) -> None:
     def keys(source: Path, **options: object) -> list[str]:
         return [
-            tile.key for tile in find_source(PredictRecipe(source, [checkpoint], tmp_path, **options)).tiles
+            tile.key
+            for tile in find_source(PredictRecipe(str(source), [checkpoint], tmp_path, **options)).tiles
         ]  # type: ignore[arg-type]
 
     assert keys(tiles / "JAX_tile03_RGB.tif") == ["JAX_tile03"]

@@ -254,4 +254,4 @@ def test_recipes_refuse_what_cannot_be_meant(wrong: dict, sentence: str) -> None
 
 def test_weights_belong_to_checkpoints(tmp_path) -> None:
     with pytest.raises(ValueError, match="2 numbers for 1 checkpoints"):
-        PredictRecipe(tmp_path, [tmp_path], tmp_path, net=NetRecipe(weights=[1.0, 2.0]))
+        PredictRecipe(str(tmp_path), [tmp_path], tmp_path, net=NetRecipe(weights=[1.0, 2.0]))

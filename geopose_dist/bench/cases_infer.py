@@ -262,7 +262,7 @@ def job(work: Path, tiles: int = 16, side: int = 512) -> Row:
         2,
         work / "out",
         "cm",
-        None,
+        "",
         "",
         1,
         "cpu",

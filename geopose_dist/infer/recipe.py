@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from geopose_dist.data.store_recipe import StoreRecipe
+
 LARGEST_SCALE_PX_PER_M = 3.0
 """px/m; larger ones, written in px/cm, would look like a mix-up of units to every reader of the files."""
 LARGEST_AGL_M = 655.34
@@ -57,9 +59,9 @@ class NetRecipe:
 class PredictRecipe:
     """Predict heights, angles and scales of many tiles."""
 
-    source: Path
-    """A dataset folder (challenge layout: its test tiles, unless `split` says otherwise), a folder of shards,
-    or one image file."""
+    source: str
+    """A dataset folder (challenge layout: its test tiles, unless `split` says otherwise), a CSV list with a column
+    rgb, shards in a folder or behind a URL, one image file, or one georeferenced GeoTIFF of any size (a scene)."""
     checkpoint: list[Path]
     """One or more checkpoints, averaged: .safetensors files, or run folders (their best, else newest)."""
     out: Path
@@ -89,6 +91,10 @@ class PredictRecipe:
     """cm: challenge files; m: float32 metres and px/m, which `geopose convert` takes."""
     overwrite: bool = False
     """Predict again what is there already, even if another checkpoint made it."""
+    rectify: bool = True
+    """Scenes: also write heights and colours moved to the ground, and what is hidden, into OUT/rectified."""
+    store: StoreRecipe = field(default_factory=StoreRecipe)
+    """How shards behind a URL are reached and kept."""
     net: NetRecipe = field(default_factory=NetRecipe)
     """How a batch is predicted."""
 

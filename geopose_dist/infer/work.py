@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from geopose_dist.data.manifest import open_split
-from geopose_dist.data.reader import Reader
+from geopose_dist.data.reader import Reader, open_shards
 from geopose_dist.data.sample import U8
+from geopose_dist.data.store_recipe import StoreRecipe
 from geopose_dist.errors import UserError
 from geopose_dist.infer import writer
 from geopose_dist.infer.recipe import NetRecipe
@@ -110,11 +110,12 @@ class WorkSpec:
         batch: tiles of a batch.
         out: folder of the outputs.
         unit: cm or m.
-        shards: folder of shards, or None.
+        shards: folder or URL of shards, or empty.
         split: split of the shards.
         reduced_by: how far the source was reduced already.
         device: cpu or cuda.
         threads: of the arithmetic on CPU.
+        store: how shards behind a URL are reached.
     """
 
     checkpoints: tuple[Path, ...]
@@ -122,11 +123,12 @@ class WorkSpec:
     batch: int
     out: Path
     unit: str
-    shards: Path | None
+    shards: str
     split: str
     reduced_by: int
     device: str
     threads: int
+    store: StoreRecipe = field(default_factory=StoreRecipe)
 
     def __call__(self, gpu: int) -> Worker:
         """The worker on the `gpu`-th GPU that this process sees, or on the CPU."""
@@ -142,7 +144,7 @@ class Worker:
         from geopose_dist.infer.predictor import Predictor
 
         self.spec = spec
-        self.reader = Reader(open_split(spec.shards, spec.split)) if spec.shards else None
+        self.reader = Reader(open_shards(spec.shards, spec.split, spec.store)) if spec.shards else None
         self._network = ThreadPoolExecutor(1)
         self._hands = ThreadPoolExecutor(spec.threads)  # for tiles; codecs let other threads run meanwhile
         if spec.device == "cpu":

@@ -54,6 +54,17 @@ def load_net(path: Path) -> tuple[GeoposeNet, dict[str, Any]]:
     return net.eval(), facts
 
 
+def read_facts(path: Path) -> dict[str, Any]:
+    """What prediction must share with training, from a checkpoint's header alone (UserError)."""
+    file = find_checkpoint(path)
+    try:
+        with safetensors.safe_open(file, framework="pt") as opened:
+            facts: dict[str, Any] = json.loads((opened.metadata() or {})["facts"])
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{file}: cannot be read as a checkpoint ({error}); name another one") from error
+    return facts
+
+
 def load_state(net: GeoposeNet, state: dict[str, Tensor], where: str) -> None:
     """Fill `net` with `state`; another network's weights are a UserError naming the first difference."""
     try:

@@ -1,0 +1,79 @@
+"""The dot-folder beside predictions: who writes there, what made them, and what could not be done.
+
+`.geopose-predict/` remembers the checkpoints and settings behind the outputs, so that a run goes on only with
+the same ones; its lock keeps a second driver out; `failures.jsonl` lists what failed. A finished run that is
+started again touches nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from geopose_dist import files
+from geopose_dist.errors import UserError
+
+BOOKKEEPING = ".geopose-predict"
+
+
+@contextlib.contextmanager
+def only_driver(out: Path) -> Iterator[None]:
+    """Keep a second driver out of the folder, and remove what killed actors left half-written."""
+    folder = out / BOOKKEEPING
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"--out {out}: another `geopose predict` is writing there; wait for it"
+            ) from error
+        for leftover in out.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+        yield
+
+
+def check_same_maker(
+    out: Path, checkpoints: Sequence[Path], facts: Mapping[str, object], *, overwrite: bool
+) -> None:
+    """Refuse to go on in a folder that other checkpoints or settings began (UserError)."""
+    maker: dict[str, Any] = json.loads(json.dumps(dict(facts)))
+    maker["checkpoints"] = [_sha256(path) for path in checkpoints]
+    path = out / BOOKKEEPING / "made_by.json"
+    if not overwrite and not path.is_file() and any(out.glob("*_AGL.tif")):
+        raise UserError(
+            f"--out {out}: holds heights of unknown origin; give another folder, or --overwrite true"
+        )
+    if path.is_file() and not overwrite:
+        before = json.loads(path.read_bytes())
+        differ = [name for name in maker if before.get(name) != maker[name]]
+        if differ:
+            raise UserError(
+                f"--out {out}: predictions there have other {' and '.join(differ)}; give "
+                "another folder, or --overwrite true to predict them again"
+            )
+    write_if_new(path, (json.dumps(maker, indent=1, sort_keys=True) + "\n").encode())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_failures(out: Path, failures: Sequence[tuple[str, str]]) -> Path:
+    """List (key, sentence) of what failed; the path of the list."""
+    lines = [json.dumps({"key": key, "problem": sentence}) for key, sentence in sorted(failures)]
+    path = out / BOOKKEEPING / "failures.jsonl"
+    write_if_new(path, "".join(line + "\n" for line in lines).encode())
+    return path
+
+
+def write_if_new(path: Path, data: bytes) -> None:
+    """Write a small file unless it holds this already."""
+    if not path.is_file() or path.read_bytes() != data:
+        files.write_bytes(path, data)
