@@ -320,14 +320,14 @@ def save_net(path: Path, encoder: str, reduction: int) -> GeoposeNet:
 @pytest.mark.parametrize("kind", ["ray", "process"])
 def test_a_killed_driver_goes_on_to_the_same_files(kind: str, tmp_path: Path) -> None:
     save_net(tmp_path / "net.safetensors", "tu-mobilenetv3_small_050", 2)
-    source = write_scene(tmp_path / "ARG_k.tif", pixels(2500, 2600))
+    source = write_scene(tmp_path / "ARG_k.tif", pixels(1600, 1700))
     log, out = tmp_path / "log", tmp_path / "out"
     options = ("--workers", "2", "--dispatch", kind)
     undisturbed = start(source, tmp_path / "net.safetensors", tmp_path / "undisturbed", log, *options)
     assert undisturbed.wait(timeout=300) == 0, log.read_text()
     first = start(source, tmp_path / "net.safetensors", out, log, *options)
     windows = out / ".geopose-predict" / "ARG_k" / "windows"
-    wait_until(lambda: len(list(windows.glob("window-*.json"))) > 20, first)
+    wait_until(lambda: len(list(windows.glob("window-*.json"))) > 6, first)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     time.sleep(2)  # orphans notice that their driver is gone
@@ -341,17 +341,18 @@ def test_a_killed_driver_goes_on_to_the_same_files(kind: str, tmp_path: Path) ->
 def test_a_worker_needs_little_memory_however_large_the_scene(tmp_path: Path) -> None:
     save_net(tmp_path / "net.safetensors", "tu-mobilenetv3_small_050", 2)
     peaks = []
-    for side in (1500, 6000):
+    for side in (1000, 4500):
         source = write_scene(tmp_path / f"OMA_{side}.tif", pixels(side, side), blockxsize=256, blockysize=256)
         options = ("--net.window", "512", "--net.overlap", "64", "--batch", "1", "--dispatch", "inline")
         process = start(
             source, tmp_path / "net.safetensors", tmp_path / f"out{side}", tmp_path / "log", *options
         )
         _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = status
         assert status == 0, (tmp_path / "log").read_text()
         peaks.append(usage.ru_maxrss / 1e6)
     assert peaks[1] < 3, peaks
-    assert peaks[1] - peaks[0] < 0.5, peaks  # sixteen times the pixels
+    assert peaks[1] - peaks[0] < 0.5, peaks  # twenty times the pixels
 
 
 @pytest.mark.slow
