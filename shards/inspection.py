@@ -14,6 +14,7 @@ import numpy.typing as npt
 from geopose_dist.data import codecs
 from geopose_dist.data.members import parse_members
 from geopose_dist.data.sample import TileFacts
+from geopose_dist.data.tile import tallest_m, unknown_px
 from geopose_dist.errors import UserError
 
 PICKLES = ("pkl", "pickle", "pyd", "pth", "pt", "npy", "npz", "cls")
@@ -51,7 +52,21 @@ def inspect(data: bytes, where: str, *, decode_rgb: bool = True) -> Inspected:
     agl_cm = None
     if agl is not None:
         agl_cm = codecs.decode_agl(agl[4:], bytes(members[agl]), f"{where}.{agl}", facts.size)
+    _check_told(facts, agl_cm, where)
     return Inspected(key, facts, agl_cm)
+
+
+def _check_told(facts: TileFacts, agl_cm: npt.NDArray[np.uint16] | None, where: str) -> None:
+    """What facts tell of heights, so that a loader need not decode them, must be true of them (UserError)."""
+    if facts.tallest_m is None:
+        return
+    told = facts.tallest_m, facts.unknown_px
+    found = (None, None) if agl_cm is None else (tallest_m(agl_cm), unknown_px(agl_cm))
+    if told != found:
+        raise UserError(
+            f"{where}.json: tells a tallest height of {told[0]} m and {told[1]} unknown pixels, its heights have "
+            f"{found[0]} and {found[1]}; pack again"
+        )
 
 
 def _only(members: dict[str, memoryview], kind: str, where: str) -> str | None:

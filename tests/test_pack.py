@@ -14,14 +14,14 @@ import pytest
 import tifffile
 import webdataset
 from packs import hashes, run_pack, spoil
-from tiles import make_dataset, write_tile
+from tiles import make_dataset, make_tile, name_of, write_tile
 
 from geopose_dist import cli, config
 from geopose_dist.data import codecs, manifest, resample
-from geopose_dist.data.reader import Reader
+from geopose_dist.data.reader import Reader, open_shards
 from geopose_dist.errors import FoundProblems, UserError
 from geopose_dist.geometry import agl_m_from_cm
-from shards import images, layouts, pack, pack_plan
+from shards import images, layouts, pack, pack_plan, verify
 from shards.pack import CodecRecipe, PackRecipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,6 +77,32 @@ def test_webdataset_reads_the_shards_as_they_are(dataset, tmp_path):
         keys.append(sample["__key__"])
     assert len(keys) == len(set(keys)) == 12
     assert keys != sorted(keys)
+
+
+def test_shards_of_the_first_version_are_read_as_ever():
+    """`golden/shards_v1`: packed at commit d40ea0e, before facts told the tallest height.
+
+    make_dataset(data, 3, size=(24, 20), test=1); PackRecipe(data, out, reduce=1, shard_samples=2, workers=1)
+    """
+    old = ROOT / "tests" / "golden" / "shards_v1"
+    verify.run(verify.VerifyRecipe(str(old), deep=True, workers=1))
+    seen = {}
+    for split in ("train", "test"):
+        reader = Reader(open_shards(str(old), split))
+        for view in map(reader.view, range(len(reader))):
+            seen[view.key] = view
+    cities = ("ARG", "ARG", "ATL", "ATL")
+    assert sorted(seen) == sorted(f"{city}_{name_of(number)}" for number, city in enumerate(cities))
+    for number, city in enumerate(cities):
+        view = seen[f"{city}_{name_of(number)}"]
+        rgb, agl_cm, scale, angle = make_tile(number, (24, 20))
+        np.testing.assert_array_equal(view.rgb, rgb)
+        if number == 3:
+            assert (view.agl_m, view.pose) == (None, None)
+            continue
+        np.testing.assert_array_equal(view.agl_m, agl_m_from_cm(agl_cm))
+        assert view.scale_px_per_m == pytest.approx(100 * scale, rel=1e-12)
+        assert view.angle_rad == pytest.approx(angle, rel=1e-12)
 
 
 def test_shards_are_even_and_say_nothing_of_this_machine(dataset, tmp_path):

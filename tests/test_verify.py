@@ -129,6 +129,8 @@ def test_a_manifest_that_points_elsewhere(shards):
 FACTS = TileFacts("JAX", None, None, None, None, (8, 8)).to_json()
 IMAGE = codecs.encode_rgb("png", np.zeros((8, 8, 3), np.uint8))
 GOOD = [("JAX_a.json", FACTS), ("JAX_a.rgb.png", IMAGE)]
+LIES = TileFacts("JAX", None, None, None, None, (8, 8), tallest_m=5.0, unknown_px=0).to_json()
+FLAT = codecs.encode_agl("png", np.zeros((8, 8), np.uint16))
 
 
 def tar_of(path: Path, members: list) -> None:
@@ -159,6 +161,11 @@ HOSTILE = [
     ([("JAX_a.rgb.png", IMAGE)], r"no JAX_a\.json"),
     ([*GOOD, ("JAX_a.rgb.qoi", IMAGE)], "for one image"),
     ([*GOOD, ("JAX_a.agl.lerc", b"nothing")], r"agl\.lerc: damaged"),
+    (
+        [("JAX_a.json", LIES), GOOD[1], ("JAX_a.agl.png", FLAT)],
+        "height of 5.0 m and 0 unknown .* have 0.0 and 0",
+    ),
+    ([("JAX_a.json", LIES), GOOD[1]], "height of 5.0 m and 0 unknown .* have None and None"),
     ([("JAX_a.json", b"{}"), GOOD[1]], "not a tile's facts"),
     ([("JAX_a.json", FACTS.replace(b"8, 8", b"8, 99999")), GOOD[1]], "size"),
     ([(f"JAX_a{'x' * 300}.json", FACTS), (f"JAX_a{'x' * 300}.rgb.png", IMAGE), *GOOD, *GOOD], "stands twice"),
