@@ -14,6 +14,7 @@ import math
 import numpy as np
 
 from geopose_dist import kernels
+from geopose_dist.augment import shadows
 from geopose_dist.augment.draw import Draw, draw
 from geopose_dist.augment.recipe import MAX_FACTOR, AugmentRecipe
 from geopose_dist.augment.tone import apply_tone
@@ -25,7 +26,13 @@ _SAME: Matrix = np.array([[1.0, 0, 0], [0, 1.0, 0]])
 
 
 def raise_heights(
-    rgb: U8, agl_m: F32, scale_px_per_m: float, angle_rad: float, factor: float
+    rgb: U8,
+    agl_m: F32,
+    scale_px_per_m: float,
+    angle_rad: float,
+    factor: float,
+    *,
+    sun_px_per_m: tuple[float, float] | None = None,
 ) -> tuple[U8, F32]:
     """The tile as it would look if everything on it were `factor` times as high.
 
@@ -35,6 +42,9 @@ def raise_heights(
         scale_px_per_m: flow pixels per metre, finite and > 0; it stays the same.
         angle_rad: flow direction; it stays the same.
         factor: 1 to 10; exactly 1 changes nothing.
+        sun_px_per_m: (rows, columns) towards the sun per metre of climb: shadows grow with the heights (see
+            shadows.py and docs/decisions.md). None: they stay as they were, and 4 to 18 % of a city's pixels lie
+            in the wrong light when all is raised by 1.3 to 2.
 
     Returns:
         (rgb, agl_m) of the same sizes. Every pixel shows the first surface that its line of sight meets, so
@@ -49,6 +59,9 @@ def raise_heights(
     raised = _raised(agl_m, scale_px_per_m, angle_rad, factor)
     out_rgb, out_agl, _ = kernels.gather(rgb, agl_m, _SAME, agl_m.shape, raised)
     assert out_agl is not None
+    if sun_px_per_m is not None:
+        sight = scale_px_per_m, angle_rad
+        out_rgb = shadows.lengthen((rgb, agl_m), (out_rgb, out_agl), *sight, factor, sun_px_per_m)
     return out_rgb, out_agl
 
 
