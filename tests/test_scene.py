@@ -58,7 +58,7 @@ def test_a_scene_by_windows_is_the_scene_as_a_whole(
 ) -> None:
     checkpoint, net = use_pyramid(monkeypatch, tmp_path, reduction)
     monkeypatch.setattr(scene_plan, "BLOCK_PX", 160)
-    rgb = pixels(233 * reduction, 320 * reduction - 1)
+    rgb = pixels(370 * reduction, 380 * reduction - 1)  # 384: two windows without overlap
     source = write_scene(tmp_path / "JAX_a_RGB.tif", rgb)
     assert NetRecipe(window=192, overlap=96).overlap // 4 >= Pyramid.SEES_PX
     assert predict(source, checkpoint, tmp_path / "out", "--unit", "m", "--rectify", "false") == 0
