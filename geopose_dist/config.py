@@ -140,7 +140,7 @@ def _normalised(argv: Sequence[str], recipe: type[Any]) -> list[str]:
     while words:
         word = words.pop(0)
         if expects_recipe:
-            result.append(adapt(find_recipe(word)))
+            result.append(adapt(_checked(find_recipe(word))))
             expects_recipe = False
         elif word[:2] == "--" and word[2:].replace("-", "_") in lists:
             items = []
@@ -153,7 +153,7 @@ def _normalised(argv: Sequence[str], recipe: type[Any]) -> list[str]:
             option = "--" + option[2:].replace("-", "_")
             option = "--" + aliases.get(option[2:], option[2:])
             if option == "--config" and equals:
-                value = adapt(find_recipe(value))
+                value = adapt(_checked(find_recipe(value)))
             if option[2:] in flags and not equals and (not words or words[0].startswith("--")):
                 equals, value = "=", "true"
             expects_recipe = option == "--config" and not equals
@@ -161,6 +161,17 @@ def _normalised(argv: Sequence[str], recipe: type[Any]) -> list[str]:
         else:
             result.append(word)
     return result
+
+
+def _checked(path: Path) -> Path:
+    """The path of a file that is YAML with names in it (UserError that names the file; the parser's would not)."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not YAML ({' '.join(str(error).split())}); mend it") from error
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: holds {type(values).__name__}; wanted names with values")
+    return path
 
 
 def _one_sentence(error: Exception, prog: str, parser: ArgumentParser) -> str:

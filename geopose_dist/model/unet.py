@@ -151,7 +151,7 @@ def build_unet(recipe: ModelRecipe) -> smp.Unet:
         tags = timm.list_pretrained(f"{timm_name}.*")
         raise UserError(
             f"model.encoder {name!r} cannot be built as the encoder of a U-Net ({str(error)[:150]}); published "
-            f"variants of it: {', '.join(f'tu-{tag}' for tag in tags) or 'none'}"
+            f"variants of it: {', '.join(f'tu-{tag}' for tag in tags[:6]) or 'none'}"
         ) from error
     if recipe.decoder_norm == "groupnorm":
         _put_group_norm(unet.decoder)

@@ -67,6 +67,7 @@ def look(recipe: TrainRecipe, world: World) -> Opened:
     parallel.check_parallel(recipe, world)
     shards = open_shards(recipe.data.shards, recipe.data.train_split, recipe.data.store)
     shards = shards.first(recipe.data.samples)
+    check_crop(recipe.data.crop_px, shards)
     validation = validation_split(recipe, world)
     recipe = with_data_facts(recipe, shards)
     run = Path(recipe.out)
@@ -83,6 +84,18 @@ def look(recipe: TrainRecipe, world: World) -> Opened:
     world.on_first(lambda: checkpoint.check_room(run, each_bytes, recipe.checkpoint.keep))
     total_steps = Length.parse(recipe.length).steps(len(shards), recipe.data.global_batch)
     return Opened(recipe, shards, validation, net, source, progress, stored, total_steps)
+
+
+def check_crop(crop_px: int | None, shards: ShardSet) -> None:
+    """Refuse a crop that the first tile cannot give, before any work; a smaller one later on shows when it is read."""
+    if crop_px is None or len(shards) == 0:
+        return
+    rows, columns = Reader(shards).facts(0).size
+    if crop_px > min(rows, columns):
+        raise UserError(
+            f"data.crop_px is {crop_px}, larger than the tiles of {shards.root} ({rows} x {columns} px); choose at "
+            f"most {min(rows, columns)}, or null for whole tiles"
+        )
 
 
 def prepared(opened: Opened, world: World) -> GeoposeNet:

@@ -189,7 +189,9 @@ def open_session(recipe: TrainRecipe, world: World) -> Session:
             stepper.spread.sums.copy_(stored.city_sums)
         if ema is not None and stored.ema is not None:
             ema.state = {name: value.to(world.device) for name, value in stored.ema.items()}
+    loader = opening.loader_of(opened, world)
     run = Path(recipe.out)
+    # From here on files are written: all that a recipe can get wrong was looked at before.
     if world.is_first:
         run.mkdir(parents=True, exist_ok=True)
         files.write_bytes(run / "recipe.yaml", config.dump(recipe).encode())
@@ -200,7 +202,7 @@ def open_session(recipe: TrainRecipe, world: World) -> Session:
         net=net,
         stepper=stepper,
         ema=ema,
-        loader=opening.loader_of(opened, world),
+        loader=loader,
         samples=len(opened.shards),
         total_steps=opened.total_steps,
         validation=opened.validation,
