@@ -84,6 +84,11 @@ VERBS: dict[str, Verb] = {
         "geopose_dist.infer.recipe:PredictRecipe",
         "geopose_dist.infer.driver:run",
     ),
+    "calibrate": Verb(
+        "fit a correction of heights on the validation split, and tell honestly what it brings",
+        "geopose_dist.infer.calibrate:CalibrateRecipe",
+        "geopose_dist.infer.calibrate:run",
+    ),
     "evaluate": Verb(
         "the official score, per city and final",
         "geopose_dist.evaluate.evaluate:EvaluateRecipe",

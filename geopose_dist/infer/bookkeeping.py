@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from geopose_dist import files
 from geopose_dist.errors import UserError
+from geopose_dist.infer import calibration
 
 BOOKKEEPING = ".geopose-predict"
 
@@ -43,7 +43,11 @@ def check_same_maker(
 ) -> None:
     """Refuse to go on in a folder that other checkpoints or settings began (UserError)."""
     maker: dict[str, Any] = json.loads(json.dumps(dict(facts)))
-    maker["checkpoints"] = [_sha256(path) for path in checkpoints]
+    maker["checkpoints"] = [calibration.sha256(path) for path in checkpoints]
+    if maker["net"]["calibration"] != "none":
+        for path in checkpoints:
+            calibration.load(path)  # what is wrong with it is said before anything starts
+        maker["calibrations"] = [calibration.sha256(calibration.path_for(path)) for path in checkpoints]
     path = out / BOOKKEEPING / "made_by.json"
     if not overwrite and not path.is_file() and any(out.glob("*_AGL.tif")):
         raise UserError(
@@ -58,11 +62,6 @@ def check_same_maker(
                 "another folder, or --overwrite true to predict them again"
             )
     write_if_new(path, (json.dumps(maker, indent=1, sort_keys=True) + "\n").encode())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_failures(out: Path, failures: Sequence[tuple[str, str]]) -> Path:

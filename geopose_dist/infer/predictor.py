@@ -24,10 +24,10 @@ from geopose_dist.data import resample
 from geopose_dist.data.sample import U8
 from geopose_dist.errors import UserError
 from geopose_dist.geometry import F32, F64
-from geopose_dist.infer import tiles
+from geopose_dist.infer import calibration, tiles
 from geopose_dist.infer.recipe import NetRecipe
 from geopose_dist.model.inputs import city_numbers
-from geopose_dist.model.weights import load_net
+from geopose_dist.model.weights import find_checkpoint, load_net
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ class Predictor:
         device: str = "cpu",
     ) -> None:
         loaded = [load_net(Path(path)) for path in checkpoints]
+        fitted = checkpoints if recipe.calibration != "none" else []
+        self.calibrations = [calibration.load(find_checkpoint(Path(path))) for path in fitted]
         self._setup(
             [net for net, _ in loaded], [facts for _, facts in loaded], checkpoints, recipe, batch, device
         )
@@ -77,6 +79,7 @@ class Predictor:
     ) -> Predictor:
         """A predictor of networks in memory, each with `size_multiple` and the forward of `GeoposeNet`."""
         predictor = cls.__new__(cls)
+        predictor.calibrations = []
         predictor._setup(nets, facts, [f"network {i}" for i in range(len(nets))], recipe, batch, device)
         return predictor
 
@@ -133,6 +136,31 @@ class Predictor:
         Raises:
             UserError: the tiles were reduced further than the network wants, or by no divisor of it.
         """
+        places = list(range(len(rgbs)) if slots is None else slots)
+        agl_m, vectors, log_scales = self.answers(
+            rgbs, gsds_m, slots=places, reduced_by=reduced_by, cities=cities
+        )
+        size = size or (rgbs[0].shape[0] * reduced_by, rgbs[0].shape[1] * reduced_by)
+        return [
+            self._finish(heights, vector, float(np.exp(log_scale)), size)
+            for heights, vector, log_scale in zip(agl_m, vectors, log_scales, strict=True)
+        ]
+
+    def answers(
+        self,
+        rgbs: Sequence[U8],
+        gsds_m: Sequence[float | None],
+        *,
+        slots: Sequence[int] | None = None,
+        reduced_by: int = 1,
+        cities: Sequence[str | None] | None = None,
+    ) -> tuple[F32, F64, F64]:
+        """As `predict`, before anything is limited or enlarged.
+
+        Returns:
+            (heights [N, h, w] in metres at the network's reduction, direction vectors [N, 2], natural logarithms
+            of px/m among its pixels [N]).
+        """
         if not rgbs or len(rgbs) != len(gsds_m) or len(rgbs) > self.batch or len({x.shape for x in rgbs}) > 1:
             raise ValueError(
                 f"{len(rgbs)} tiles of sizes {[x.shape for x in rgbs]}; wanted 1 to {self.batch} alike"
@@ -143,7 +171,6 @@ class Predictor:
                 "original tiles, or pack with the checkpoint's reduction"
             )
         factor = self.reduction // reduced_by
-        rows, columns = rgbs[0].shape[:2]
         small = [resample.reduce_rgb(resample.pad_rgb(rgb, factor), factor) for rgb in rgbs]
         pixels = np.zeros((self.batch, 3, *small[0].shape[:2]), np.uint8)
         places = list(range(len(rgbs)) if slots is None else slots)
@@ -154,8 +181,7 @@ class Predictor:
         for place, city in zip(places, cities or [None] * len(places), strict=True):
             names[place] = city
         agl_m, vectors, log_scales = self._average(pixels, gsds, names)
-        size = size or (rows * reduced_by, columns * reduced_by)
-        return [self._finish(agl_m[i], vectors[i], float(np.exp(log_scales[i])), size) for i in places]
+        return agl_m[places], vectors[places], log_scales[places]
 
     def windows(
         self, pixels: U8, slots: Sequence[int], gsd_m: float | None, city: str | None
@@ -201,6 +227,10 @@ class Predictor:
             gsds = gsds_m if self.gsd_known[number] else np.full_like(gsds_m, np.nan)
             for way in ways:
                 heights, xy, logs = self._whole(net, way.apply(pixels), gsds, names)
+                if self.calibrations:
+                    apply, method = self.calibrations[number].apply, self.recipe.calibration
+                    pairs = zip(heights, names, strict=True)
+                    heights = np.stack([apply(tile, method, city) for tile, city in pairs])
                 agl_m += np.float32(share) * way.undo(heights)
                 vectors += share * way.undo_direction(xy)
                 log_scales += share * logs

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from geopose_dist.data.store_recipe import StoreRecipe
 
@@ -30,6 +31,8 @@ class NetRecipe:
     give what the whole tile would."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic inside the network; bf16 is the faster one on GPUs and recent CPUs."""
+    calibration: Literal["none", "factor", "curve"] = "none"
+    """Correct heights as `geopose calibrate` fitted for each checkpoint: by a factor per city, or a monotone curve."""
     agl_max_m: float = LARGEST_AGL_M
     """Heights are clipped to 0 .. this many metres; clipped pixels are counted and told."""
     scale_min_px_per_m: float = 0.01
@@ -97,6 +100,8 @@ class PredictRecipe:
     """How shards behind a URL are reached and kept."""
     net: NetRecipe = field(default_factory=NetRecipe)
     """How a batch is predicted."""
+
+    ALIASES: ClassVar[Mapping[str, str]] = {"calibration": "net.calibration"}
 
     def __post_init__(self) -> None:
         if not self.checkpoint:
