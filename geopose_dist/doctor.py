@@ -135,6 +135,23 @@ def torch_and_gpus() -> list[Finding]:
     return found
 
 
+def stores() -> list[Finding]:
+    """What reads shards from afar; without them folders still work."""
+    found = []
+    for name, package, what in (
+        ("object stores", "obstore", "s3://, gs:// and az://"),
+        ("web servers", "urllib3", "http(s)://"),
+    ):
+        try:
+            module = importlib.import_module(package)
+        except ImportError as error:
+            advice = f"{what} cannot be read: run `make setup`, or pip install {package}"
+            found.append(Finding(name, f"{package} does not load: {error}", "warning", advice))
+        else:
+            found.append(Finding(name, f"{package} {module.__version__} for {what}"))
+    return found
+
+
 def codecs() -> list[Finding]:
     """Image codecs that shards and tiles may use."""
     try:
@@ -175,7 +192,14 @@ def packages() -> list[Finding]:
     return found
 
 
-CHECKS: tuple[Callable[[], list[Finding]], ...] = (extension, hardware, torch_and_gpus, codecs, packages)
+CHECKS: tuple[Callable[[], list[Finding]], ...] = (
+    extension,
+    hardware,
+    torch_and_gpus,
+    codecs,
+    stores,
+    packages,
+)
 
 
 def examine() -> list[Finding]:

@@ -3,7 +3,8 @@
 Shards are walked header by header and every sample is inspected, so the index is only ever of sound shards;
 the images themselves are not decoded (that is `geopose verify --deep`). A shard's split is its name up to
 the number: `val-000003.tar` is of `val`, and a name without such a part is `train`. With `--source URL` the
-shards stay in their store, and `--out` is a folder with manifest and index, which names that URL.
+shards stay in their store, and `--out` is a folder with manifest and index, which names that URL. A web server
+has no list of its files: there the URL names them, as in https://HOST/PATH/train-{000000..000009}.tar.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from geopose_dist import metrics_log, pool
-from geopose_dist.data import manifest, urls
+from geopose_dist.data import manifest, stores, urls
 from geopose_dist.errors import FoundProblems, UserError
 from shards import fetch, pack_write, tallies, tars
 from shards.inspection import inspect
@@ -27,6 +28,9 @@ from shards.pack_state import Record
 
 MAX_SHARD_BYTES = 1 << 40
 """More of one object than a disk could hold is not fetched."""
+
+MAX_NAMED = 1_000_000
+"""Shards that braces may name."""
 
 _NAME = re.compile(r"(?P<split>[A-Za-z0-9]+)-[\d_-]*\d\.tar")
 
@@ -40,18 +44,22 @@ def run(recipe: PackRecipe) -> None:
             f"{recipe.source or out}: no such folder; wanted --out with the shards to index, or --source with "
             "their URL"
         )
-    if recipe.source:
-        about |= {"shards_url": _url_of(recipe.source)}
+    source, listed = _named(recipe.source)
+    if source:
+        about |= {"shards_url": _url_of(source)}
     place = open_place(recipe.out, recipe.store, recipe.scratch)
     there = place.read(manifest.MANIFEST_NAME)
     if there is not None and not _is_ours(there):
         raise UserError(f"{out}: has a manifest of `geopose pack` already; remove it to make another")
-    tar_place = open_place(recipe.source, recipe.store, recipe.scratch) if recipe.source else place
-    shards = sorted((_split(name), name) for name in tar_place.sizes() if not name.startswith("."))
+    tars_at = source or recipe.out
+    if source and not listed:
+        listed = [name for name, _ in stores.open_store(source, recipe.store).list(".tar")]
+    names = listed if source else place.sizes()
+    shards = sorted((_split(name), name) for name in names if not name.startswith("."))
     if not shards:
-        raise UserError(f"{urls.shown(tar_place.out)}: no *.tar in it; wanted WebDataset shards to index")
+        raise UserError(f"{urls.shown(tars_at)}: no *.tar in it; wanted WebDataset shards to index")
     results = pool.process_map(
-        functools.partial(_read, tar_place.out, recipe),
+        functools.partial(_read, tars_at, recipe),
         [name for _, name in shards],
         workers=min(recipe.workers or pool.usable_cores(), len(shards)),
     )
@@ -63,14 +71,30 @@ def run(recipe: PackRecipe) -> None:
             records.append(result)
     problems += _twice([name for _, name in shards], records) if not problems else []
     if problems:
-        raise FoundProblems(
-            f"{urls.shown(tar_place.out)}: {len(problems)} problems; nothing is written:", problems
-        )
+        raise FoundProblems(f"{urls.shown(tars_at)}: {len(problems)} problems; nothing is written:", problems)
     planned = [PlannedShard(name, split, ()) for split, name in shards]
     pack_write.write_manifest(place, about, planned, records)
     print(
         f"pack: indexed {sum(len(r.rows) for r in records)} samples in {len(shards)} shards", file=sys.stderr
     )
+
+
+def _named(source: str) -> tuple[str, list[str]]:
+    """Where shards are, and their names if `source` lists them as WebDataset does: URL/train-{000000..000009}.tar."""
+    if not urls.is_url(source) or not source.endswith(".tar"):
+        return source, []
+    from braceexpand import braceexpand
+
+    parent, _, pattern = source.rpartition("/")
+    try:
+        names = [name for _, name in zip(range(MAX_NAMED + 1), braceexpand(pattern), strict=False)]
+    except ValueError as error:
+        raise UserError(f"--source {urls.shown(source)}: its braces do not match; close them") from error
+    if len(names) > MAX_NAMED:
+        raise UserError(f"--source {urls.shown(source)}: names more than {MAX_NAMED} shards; refused")
+    for name in names:
+        urls.check_name(name, parent)
+    return parent, names
 
 
 def _url_of(source: str) -> str:

@@ -31,6 +31,8 @@ def test_this_machine_is_described(tmp_path: Path, capsys: pytest.CaptureFixture
         "torch",
         "collectives",
         "codecs",
+        "object stores",
+        "web servers",
         "ray",
     ):
         assert found[name]["state"] == "ok", found[name]

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import range_server
 import s3_server
 from packs import hashes, run_pack, spoil
-from tars import write_shards
+from tars import tile, write_shards
 from tiles import make_dataset
 
 from geopose_dist.data import resample, stores
@@ -237,6 +238,41 @@ def test_foreign_shards_are_indexed_in_their_store_or_from_it(tmp_path, bucket, 
         index_only.run(PackRecipe(source=str(tmp_path / "tars"), out=str(tmp_path / "i"), index_only=True))
     with pytest.raises(UserError, match=r"empty: no \*.tar in it"):
         index_only.run(PackRecipe(out=f"{bucket}/empty", index_only=True, store=store))
+
+
+def test_foreign_shards_of_a_web_server_are_named_by_braces(tmp_path):
+    keys = write_shards(tmp_path / "www" / "tars", [3, 4, 2])
+    for name in ("manifest.json", "index.npy"):
+        (tmp_path / "www" / "tars" / name).unlink()
+    cached = StoreRecipe(cache_dir=str(tmp_path / "cache"), retries=1, backoff_s=0.01)
+
+    def index(names: str, out: str) -> None:
+        source = f"{address}/tars/{names}"
+        index_only.run(
+            PackRecipe(source=source, out=str(tmp_path / out), index_only=True, store=cached, workers=1)
+        )
+
+    with range_server.serve(tmp_path / "www") as (address, acts):
+        index("train-{000000..000001}.tar", "two")
+        reader = Reader(open_shards(str(tmp_path / "two"), "train", cached))
+        assert [reader.key(i) for i in range(len(reader))] == keys[:7]
+        assert np.array_equal(reader.view(5).rgb, tile(5, (16, 24))[0])
+        index("train-000002.tar", "one")
+        assert len(open_shards(str(tmp_path / "one"), "train", cached)) == 2
+        for names, problem in {
+            "train-{000000..000009.tar": "its braces do not match",
+            "train-{0..9999999}.tar": "names more than 1000000 shards",
+            "": "cannot be listed; name its shards, such as ",
+            "train-00000{2..3}.tar": r"train-000003\.tar: not found",
+        }.items():
+            with pytest.raises(UserError, match=problem):
+                index(names, "bad")
+        assert not (tmp_path / "bad" / "manifest.json").exists()
+        acts.always = "cut"
+        with pytest.raises(
+            FinishedWithFailures, match=r"train-000002\.tar, offset \d+: the store failed 2 times"
+        ):
+            index("train-000002.tar", "cut")
 
 
 def test_places_that_cannot_be_packed_to(dataset, tmp_path, store, monkeypatch):
