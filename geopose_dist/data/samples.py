@@ -94,7 +94,9 @@ class Samples(Dataset[Any]):
     def __init__(
         self, reader: Reader, recipe: DataRecipe, seed: int, transform: Transform | Windowed | None
     ) -> None:
-        self.reader, self.recipe, self.seed, self.transform = reader, recipe, seed, transform
+        self.reader, self.recipe, self.seed = reader, recipe, seed
+        self._windowed = transform if isinstance(transform, Windowed) else None  # slow to tell for a protocol
+        self._plain = None if isinstance(transform, Windowed) else transform
         self.ring: Ring | None = None
 
     def __getitems__(self, requests: list[Request]) -> Batch | Parked | Failure:
@@ -142,22 +144,22 @@ class Samples(Dataset[Any]):
     def _made(self, index: int, rng: np.random.Generator) -> View | UserError:
         """A sample as training wants it, or what is damaged about it; other mistakes, such as a crop larger than
         the tile, are raised."""
-        transform, drawn, window = self.transform, None, None
+        drawn, window = None, None
         try:
             tile = self.reader.tile(index)
-            outline = tile.outline if isinstance(transform, Windowed) else None
+            outline = tile.outline if self._windowed else None
         except UserError as error:
             return error
-        if isinstance(transform, Windowed) and outline is not None:
-            drawn = transform.draw(outline, rng)
-            window = transform.window(outline, drawn)
+        if self._windowed and outline:
+            drawn = self._windowed.draw(outline, rng)
+            window = self._windowed.window(outline, drawn)
         try:
             view = tile.view(window)
         except UserError as error:
             return error
-        if isinstance(transform, Windowed):
-            return transform.apply(view, drawn)
-        return view if transform is None else transform(view, rng)
+        if self._windowed:
+            return self._windowed.apply(view, drawn)
+        return view if self._plain is None else self._plain(view, rng)
 
     def about(self, index: int) -> str:
         """Key, shard and offset of a sample, for messages."""
