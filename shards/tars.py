@@ -79,7 +79,7 @@ def _member(file: BinaryIO, position: int, size: int, path: Path) -> tuple[int, 
                 f"{path}, offset {position}: damaged: no tar header ({error}); copy it again or pack again"
             ) from error
         end = position + BLOCK + -(-header.size // BLOCK) * BLOCK
-        if end > size:
+        if end > size or header.size < 0:
             raise UserError(
                 f"{path}, offset {position}: member {header.name!r} claims {header.size} bytes, the file "
                 f"has {size - position - BLOCK} more: cut short or hostile; copy it again or pack again"

@@ -128,6 +128,7 @@ def rewrite(folder: Path, data: bytes, shard: str = "train-000000.tar") -> Reade
 def tar(*members: tuple[tarfile.TarInfo, bytes], form: int = tarfile.USTAR_FORMAT) -> bytes:
     parts = []
     for info, data in members:
+        form = tarfile.GNU_FORMAT if info.size < 0 else form  # ustar has no negative numbers
         parts += [info.tobuf(form), data, bytes(-len(data) % 512)]
     return b"".join(parts)
 
@@ -154,6 +155,11 @@ HOSTILE = {
     "stands twice": [member("K.json"), member("K.json")],
     "claims 99999 bytes, more than its sample": [member("K.json", b"x", size=99999)],
     "extended header of 70000 bytes": [member("pax", bytes(70000), type=tarfile.XHDTYPE)],
+    "claims -512 bytes; such shards are refused": [member("pax", b"", type=tarfile.XHDTYPE, size=-512)],
+    "claims -1024 bytes": [member("K.json", b"x", size=-1024)],
+    "that sets b''": [member("pax", b"9" * 5000 + b" path=x\n", type=tarfile.XHDTYPE)],
+    "(RecursionError": [member("K.json", b"[" * 200_000)],
+    "(OverflowError": [member("K.json", b'{"city": "A", "size": [1e999, 2]}')],
     "that sets b'size'": [member("pax", b"13 size=9999\n", type=tarfile.XHDTYPE), member("K.json")],
     "no .json member among pkl": [member("K.pkl", pickle.dumps(print))],
     "several members for one image": [

@@ -202,6 +202,15 @@ def test_giant_headers_are_refused(tmp_path):
         index_again(tmp_path)
 
 
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE])
+def test_a_negative_size_is_no_endless_walk(tmp_path, kind):
+    header = tarfile.TarInfo("JAX_a.json")
+    header.type, header.size = kind, -512
+    (tmp_path / "train-000000.tar").write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(10240))
+    with pytest.raises(FoundProblems, match=r"claims -512 bytes, .* cut short or hostile"):
+        index_again(tmp_path)
+
+
 @pytest.mark.parametrize("place", ["header", "middle", "end", "text"])
 def test_damage_that_streaming_readers_do_not_notice(tmp_path, place):
     tar_of(tmp_path / "train-000000.tar", [*GOOD, ("JAX_b.json", FACTS), ("JAX_b.rgb.png", IMAGE)])

@@ -96,6 +96,10 @@ def _header(block: bytes, where: str) -> tarfile.TarInfo:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
     except (tarfile.HeaderError, UnicodeDecodeError) as error:
         raise UserError(f"{where}: no tar header of a member ({error}); {HINT}") from error
+    if header.size < 0:  # a tar can say so, in binary; a walk would go round in circles
+        raise UserError(
+            f"{where}: member {header.name!r} claims {header.size} bytes; such shards are refused"
+        )
     if header.type == tarfile.XHDTYPE and header.size <= MAX_PAX_BYTES:
         return header
     if header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or header.name.endswith("/"):
@@ -116,7 +120,7 @@ def _pax_path(data: bytes, where: str) -> str:
     name = ""
     while data:
         digits = data.partition(b" ")[0]
-        length = int(digits) if digits.isdigit() else 0
+        length = int(digits) if digits.isdigit() and len(digits) < 9 else 0
         record, data = data[:length], data[length:]
         field, equals, value = record[len(digits) + 1 :].rstrip(b"\n").partition(b"=")
         if not equals or field in (b"size", b"linkpath"):

@@ -72,7 +72,7 @@ class TileFacts:
                 tallest_m=_optional(float, facts.get("tallest_m")),
                 unknown_px=_optional(int, facts.get("unknown_px")),
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(
                 f"{where}: not a tile's facts ({type(error).__name__}: {error}); wanted JSON with city, place, gsd_m, "
                 "scale_px_per_m, angle_rad and size; run `geopose verify --deep`, then pack again"
