@@ -19,6 +19,7 @@ from tars import tile, write_shards
 
 from geopose_dist.data import cache
 from geopose_dist.data.cache import ShardCache, bytes_held
+from geopose_dist.data.plan import resolve_city_weights
 from geopose_dist.data.reader import Reader, open_shards
 from geopose_dist.data.store_recipe import StoreRecipe
 from geopose_dist.data.stores import StoreFailure, open_store
@@ -259,3 +260,7 @@ def test_a_row_of_the_index_cannot_claim_more_than_its_shard(tmp_path: Path):
         np.save(tmp_path / "index.npy", changed)
         with pytest.raises(UserError, match=r"row 1 of split train names shard .* which cannot be"):
             Reader(open_shards(str(tmp_path), "train")).view(1)
+    index["city"][1] = 999
+    np.save(tmp_path / "index.npy", index)
+    with pytest.raises(UserError, match=r"names a city 999, the manifest has 3"):
+        resolve_city_weights({"*": 1}, open_shards(str(tmp_path), "train"))

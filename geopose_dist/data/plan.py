@@ -227,6 +227,11 @@ def resolve_city_weights(weights: Mapping[str, int], shard_set: ShardSet) -> dic
     if not weights:
         return {}
     present = np.bincount(shard_set.index["city"], minlength=len(shard_set.manifest.cities)) > 0
+    if len(present) > len(shard_set.manifest.cities):
+        raise UserError(
+            f"{shard_set.folder}/index.npy: names a city {len(present) - 1}, the manifest has "
+            f"{len(shard_set.manifest.cities)}; they do not belong together; pack again"
+        )
     cities = [city for city, here in zip(shard_set.manifest.cities, present, strict=True) if here]
     unknown = sorted(set(weights) - set(cities) - {"*"})
     missing = [city for city in cities if city not in weights and "*" not in weights]
