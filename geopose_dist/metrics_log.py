@@ -120,6 +120,11 @@ class MetricsLog:
                 if isinstance(value, int | float) and name != "step":
                     self._board.add_scalar(f"{kind}/{name}", value, line["step"])
 
+    def picture(self, name: str, image: Any, step: int) -> None:
+        """Show an image, uint8 [H, W, 3], in TensorBoard."""
+        if self._board is not None:
+            self._board.add_image(name, image, step, dataformats="HWC")
+
     def close(self) -> None:
         """Flush TensorBoard."""
         if self._board is not None:

@@ -100,7 +100,7 @@ def panel(before: View, after: View, title: str) -> bytes:
 
 
 def _top(heights: list[Any]) -> float:
-    from geopose_dist.report.panels import height_limit
+    from geopose_dist.evaluate.pictures import height_limit
 
     return max((height_limit(agl_m) for agl_m in heights), default=1.0)
 
@@ -108,14 +108,15 @@ def _top(heights: list[Any]) -> float:
 def _draw_image(axes: Any, view: View, name: str) -> None:
     import numpy as np
 
-    from geopose_dist.report import figures, panels
+    from geopose_dist.evaluate import pictures
+    from geopose_dist.report import figures
 
     rgb, told = view.rgb, "no labels"
     if view.pose is not None:
         pose = view.pose
         told = f"scale {pose.scale_px_per_m:.3f} px/m, angle {np.degrees(pose.angle_rad):.0f} deg"
         if view.agl_m is not None:
-            arrows = [(pose, view.agl_m, panels.TRUE_COLOUR)]
+            arrows = [(pose, view.agl_m, pictures.TRUE_COLOUR)]
             rgb, factor = figures.with_arrows(view.rgb, view.agl_m, arrows, side=640)
             told += f"; flow x {factor}"
     gsd = "unknown" if view.gsd_m is None else f"{view.gsd_m:.3f} m"

@@ -13,11 +13,15 @@ import numpy as np
 
 from geopose_dist import kernels
 from geopose_dist.data.sample import U8
+from geopose_dist.evaluate.pictures import (
+    ERROR_MAP,
+    HEIGHT_MAP,
+    PREDICTED_COLOUR,
+    TRUE_COLOUR,
+    height_limit,
+)
 from geopose_dist.geometry import F32, Pose
 from geopose_dist.report import figures, page
-
-HEIGHT_MAP, ERROR_MAP = "viridis", "RdBu_r"
-TRUE_COLOUR, PREDICTED_COLOUR = (64, 224, 255), (255, 150, 40)
 
 
 @dataclass(frozen=True)
@@ -26,12 +30,6 @@ class Surface:
 
     agl_m: F32
     pose: Pose
-
-
-def height_limit(agl_m: F32, least_m: float = 5.0) -> float:
-    """Upper end of the colours: the 99.5 % quantile of the known heights, at least `least_m`."""
-    known = agl_m[np.isfinite(agl_m)]
-    return max(least_m, float(np.quantile(known, 0.995))) if known.size else least_m
 
 
 def labelled(rgb: U8, true: Surface, side: int = 360) -> str:

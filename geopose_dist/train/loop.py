@@ -13,12 +13,14 @@ import torch
 
 from geopose_dist.errors import Preempted
 from geopose_dist.runtime import StopRequest, World, join_world
-from geopose_dist.train import opening, validate
+from geopose_dist.train import opening, panels, validate
 from geopose_dist.train.metrics import Meter, write_metrics
 from geopose_dist.train.optim import lr_factor, set_lr
 from geopose_dist.train.prefetch import DevicePrefetch
+from geopose_dist.train.profiling import profiled
 from geopose_dist.train.recipe import TrainRecipe
 from geopose_dist.train.session import Session, open_session
+from geopose_dist.train.step import uncompiled
 from geopose_dist.train.watch import Watch
 
 
@@ -55,7 +57,7 @@ def train(session: Session, stop: StopRequest, watch: Watch | None = None) -> No
     watch = watch or Watch(world, recipe.timeout_s, recipe.out)
     meter = Meter(recipe.data.global_batch)
     steps = DevicePrefetch(session.loader, world.device)
-    with session.progress_bar() as bar:
+    with session.progress_bar() as bar, profiled(recipe, world) as profile_step:
         while True:
             step = session.progress.step
             watch.at(f"step {step + 1}: agreeing to go on")
@@ -94,6 +96,7 @@ def train(session: Session, stop: StopRequest, watch: Watch | None = None) -> No
                 watch.at(f"step {step + 1}: checkpoint")
                 save(session, session.elapsed_s(), wait=False)
             bar.advance()
+            profile_step()
     watch.at("the last validation")
     if session.progress.r2 is None:
         take_score(session)
@@ -119,13 +122,14 @@ def take_score(session: Session) -> None:
     )
     results: dict[str, float] = {}
     for kind, net in kinds.items():
-        score = validate.evaluate(
-            net,
-            session.validation,
-            session.world,
-            precision=session.recipe.precision,
-            batch=session.recipe.data.micro_batch,
-        )
+        with uncompiled():  # tiles of other sizes than crops, and a last batch of its own
+            score = validate.evaluate(
+                net,
+                session.validation,
+                session.world,
+                precision=session.recipe.precision,
+                batch=session.recipe.data.micro_batch,
+            )
         results[kind] = score["r2"]
         if session.world.is_first:
             step = session.progress.step
@@ -140,6 +144,7 @@ def take_score(session: Session) -> None:
             session.log.write("validation", line)
     best = max(results, key=lambda kind: results[kind])
     session.set_score(results[best], best)
+    panels.show(session, kinds[best])
     session.say(f"step {session.progress.step}: validation score {results[best]:.4f} ({best} weights)")
 
 

@@ -190,6 +190,8 @@ class TrainRecipe:
     """Decay of the averaged weights that are validated and saved beside the raw ones; 0 = none."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
+    profile: bool = False
+    """Write a torch profiler trace of steps 5 to 10 of this start into the run folder, for Perfetto."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A step whose gradient is not finite is never applied and its batch is saved for `geopose replay`; then the
     run stops, or goes on without that step."""

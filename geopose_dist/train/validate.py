@@ -7,6 +7,7 @@ moments of all ranks together give the score, whatever the number of ranks.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from geopose_dist.data.manifest import ShardSet
 from geopose_dist.data.reader import Reader
 from geopose_dist.data.sample import View
 from geopose_dist.evaluate.moments import Moments, TileMoments
-from geopose_dist.geometry import angle_of
+from geopose_dist.geometry import F32, Pose, angle_of
 from geopose_dist.model.heads import Prediction
 from geopose_dist.model.inputs import city_numbers, gsd_tensor
 from geopose_dist.model.unet import GeoposeNet
@@ -46,8 +47,11 @@ def evaluate(
     try:
         indices = evaluation_indices(len(shards), world.rank, world.size)
         for views in _like_sized(Reader(shards), [int(i) for i in indices], batch):
-            for tile in _predict(net, views, world.device, precision):
-                mine.add(tile)
+            for view, answer in zip(views, predict(net, views, world.device, precision), strict=True):
+                if view.agl_m is not None:
+                    scale, angle = answer.pose.scale_px_per_m, answer.pose.angle_rad
+                    truth = (view.agl_m, view.scale_px_per_m, view.angle_rad)
+                    mine.add(Moments.of_tile(view.city, answer.agl_m, scale, angle, *truth))
     finally:
         net.train(was_training)
     parts = world.gather_objects([(tile.city, tile.values.tolist()) for tile in mine.tiles])
@@ -67,9 +71,17 @@ def _like_sized(reader: Reader, indices: Sequence[int], batch: int) -> Iterator[
         yield group
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What the network says of a tile: heights float32 [H, W] metres from 0, and the pose."""
+
+    agl_m: F32
+    pose: Pose
+
+
 @torch.inference_mode()
-def _predict(net: GeoposeNet, views: list[View], device: torch.device, precision: str) -> list[TileMoments]:
-    """Moments of each labelled tile of like-sized `views`, padded by reflection to what the network takes."""
+def predict(net: GeoposeNet, views: list[View], device: torch.device, precision: str) -> list[Answer]:
+    """Answers of a network in eval mode for like-sized `views`, padded by reflection to what it takes."""
     rows, columns = views[0].rgb.shape[:2]
     pad = ((0, 0), (0, -rows % 32), (0, -columns % 32), (0, 0))
     rgb = np.pad(np.stack([view.rgb for view in views]), pad, mode="symmetric").transpose(0, 3, 1, 2)
@@ -82,13 +94,7 @@ def _predict(net: GeoposeNet, views: list[View], device: torch.device, precision
     heights = prediction.agl_m[:, 0, :rows, :columns].clamp(min=0).cpu().numpy()
     directions = prediction.direction.double().cpu().numpy()
     scales = prediction.scale_px_per_m.clamp(min=MIN_SCALE_PX_PER_M).double().cpu().numpy()
-    tiles = []
-    for view, agl_m, (x, y), scale in zip(views, heights, directions, scales, strict=True):
-        if view.agl_m is not None:
-            angle = angle_of(float(x), float(y))
-            tiles.append(
-                Moments.of_tile(
-                    view.city, agl_m, float(scale), angle, view.agl_m, view.scale_px_per_m, view.angle_rad
-                )
-            )
-    return tiles
+    return [
+        Answer(agl_m, Pose(angle_of(float(x), float(y)), float(scale), view.gsd_m))
+        for view, agl_m, (x, y), scale in zip(views, heights, directions, scales, strict=True)
+    ]
