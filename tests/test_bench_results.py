@@ -9,7 +9,7 @@ import imagecodecs
 import pytest
 
 from geopose_dist import cli
-from geopose_dist.bench import compare, tables
+from geopose_dist.bench import cases_accuracy, compare, harness, plot, tables
 
 ROOT = Path(__file__).parents[1]
 
@@ -125,3 +125,72 @@ def test_plot_draws_ours_and_the_baseline(tmp_path: Path) -> None:
     ours = (pixels[..., :3] == (0x2A, 0x6F, 0x97)).all(-1).sum()
     theirs = (pixels[..., :3] == (0xB8, 0xB8, 0xB8)).all(-1).sum()
     assert ours / theirs == pytest.approx(10 / 3, rel=0.2)
+
+
+def test_plot_draws_scaling_and_learning_as_curves(tmp_path: Path) -> None:
+    scaling = [
+        {"case": f"scaling, {kind}", "ranks": n, "tiles_per_s": 10.0 * n}
+        for kind in ("a", "b")
+        for n in (1, 2)
+    ]
+    learning = [
+        {"case": "accuracy", "recipe": "train/base", "seed": 0, "curve": [{"minutes": 1.0, "r2": 0.2}]},
+        {"case": "accuracy, median", "recipe": "train/base", "r2": 0.2},
+    ]
+    files = [results(tmp_path / "s.json", scaling), results(tmp_path / "l.json", learning)]
+    first, second = plot.panels(files)
+    assert isinstance(first, plot.Curves)
+    assert first.lines == {"a": [(1, 10.0), (2, 20.0)], "b": [(1, 10.0), (2, 20.0)]}
+    assert isinstance(second, plot.Curves)
+    assert second.lines == {"train/base, seed 0": [(1.0, 0.2)]}
+    assert cli.main(["bench", "plot", *map(str, files), "--out", str(tmp_path / "x.svg")]) == 0
+    assert "minutes of training" in (tmp_path / "x.svg").read_text()
+
+
+def test_accuracy_takes_what_is_finished_and_runs_what_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[list[str]] = []
+    monkeypatch.setattr(harness, "keep_to", lambda threads: None)
+    monkeypatch.setattr(cases_accuracy, "geopose", ran.append)
+    for recipe, score in (("train/base", 0.5), ("train/benchmark", 0.1)):
+        for seed in (0, 1):
+            work = tmp_path / "work" / f"{recipe.replace('/', '-')}-{seed}"
+            step = work / "run" / "checkpoints" / "step-00000750"
+            step.mkdir(parents=True)
+            (step / "state.json").write_text(json.dumps({"elapsed_s": 300.0}))
+            status = "done" if seed == 0 else "preempted"
+            (work / "run" / "state.json").write_text(json.dumps({"status": status}))
+            (work / "run" / "metrics.jsonl").write_text('{"step": 10}\n{"step": 750}\n')
+            checked = [{"step": 375, "r2": 0.1}, {"step": 750, "r2": 0.2}, {"step": 750, "r2": 0.3}]
+            (work / "run" / "validation.jsonl").write_text("".join(json.dumps(one) + "\n" for one in checked))
+            city = {"r2": score + seed / 100, "agl_r2": 0.4}
+            (work / "score.json").write_text(json.dumps({"r2": score + seed / 100, "cities": {"JAX": city}}))
+    words = [
+        "--accuracy.recipes",
+        "[train/base,train/benchmark]",
+        "--accuracy.seeds",
+        "2",
+        "--accuracy.source",
+        "S",
+    ]
+    words += [
+        "--accuracy.truth",
+        "T",
+        "--accuracy.work",
+        str(tmp_path / "work"),
+        "--accuracy.overlay",
+        "hardware/cpu",
+    ]
+    out = tmp_path / "a.json"
+    assert cli.main(["bench", "accuracy", "--shards", "X", *words, "--json", str(out)]) == 0
+    facts = json.loads(out.read_text())
+    medians = {row["recipe"]: row["r2"] for row in facts["results"] if row["case"] == "accuracy, median"}
+    assert medians == {"train/base": pytest.approx(0.505), "train/benchmark": pytest.approx(0.105)}
+    assert "train/base is best: 0.505" in facts["verdict"]
+    assert facts["results"][0]["curve"] == [{"minutes": 2.5, "r2": 0.1}, {"minutes": 5.0, "r2": 0.3}]
+    assert [(one[0], one[2], one[-1]) for one in ran] == [
+        ("train", "train/base", "1"),
+        ("train", "train/benchmark", "1"),
+    ]
+    assert "hardware/cpu" in ran[0]

@@ -37,6 +37,9 @@ from geopose_dist.train.recipe import TrainRecipe
 Row = dict[str, Any]
 Case = Callable[..., Any]
 
+BY_NAME_ONLY = ("accuracy", "scaling")
+"""Cases that take long and want more than defaults: run when they are named."""
+
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLOSC_NTHREADS")
 
 
@@ -79,6 +82,32 @@ class ScalingRecipe:
 
 
 @dataclass(frozen=True)
+class AccuracyRecipe:
+    """The runs that accuracy compares."""
+
+    recipes: tuple[str, ...] = ()
+    """Training recipes, such as [train/base, train/benchmark]."""
+    overlay: str = ""
+    """Recipe laid over each of them, such as hardware/cpu."""
+    options: tuple[str, ...] = ()
+    """Further words for each `geopose train`."""
+    length: str = "750 steps"
+    """Length of each run."""
+    seeds: int = 3
+    """Runs of each recipe, with the seeds 0, 1, ..."""
+    source: str = ""
+    """Tiles to predict, of places that training never saw."""
+    truth: str = ""
+    """Folder of their true heights and poses."""
+    work: str = "runs/accuracy"
+    """Folder for the runs; those that are finished are not run again."""
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise ValueError(f"accuracy.seeds is {self.seeds}; wanted at least 1")
+
+
+@dataclass(frozen=True)
 class BenchRecipe:
     """Which measurements to take."""
 
@@ -99,6 +128,8 @@ class BenchRecipe:
     """Optimiser steps of one measurement of epoch and step."""
     scaling: ScalingRecipe = field(default_factory=ScalingRecipe)
     """The cluster that scaling predicts."""
+    accuracy: AccuracyRecipe = field(default_factory=AccuracyRecipe)
+    """The runs that accuracy compares."""
     tiles: int = 5923
     """Tiles of the epoch whose length is told; the challenge's training set has 5,923."""
     out: Path | None = None
@@ -235,7 +266,7 @@ def chosen(
         if names:
             raise UserError(f"bench {name} needs {what}")
         print(f"bench: {name} is left out; it needs {what}", file=sys.stderr)
-    return list(names) or [name for name in known if name not in lacking]
+    return list(names) or [name for name in known if name not in lacking and name not in BY_NAME_ONLY]
 
 
 def _requires(case: Case, argument: str) -> bool:
