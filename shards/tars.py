@@ -1,13 +1,16 @@
-"""Shards as files: written by webdataset's TarWriter with nothing of this machine in them, walked by header.
+"""Shards as files: plain USTAR with nothing of this machine in them, walked by header.
 
-A tar of samples is a pure function of the samples: no times, no owners, fixed modes. The walk reads 512 bytes
-per member, so an index can be made for any WebDataset shard; a sample is a run of members with one key.
+A tar of samples is a pure function of the samples: no times, no owners, fixed modes; the bytes are those of
+webdataset's TarWriter, whose package imports torch and with it half a gigabyte into every process that packs.
+The walk reads 512 bytes per member, so an index can be made for any WebDataset shard; a sample is a run of
+members with one key.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import tarfile
 import zlib
@@ -37,12 +40,12 @@ class Span:
 
 def write_samples(file: BinaryIO, samples: Iterable[tuple[str, dict[str, bytes]]]) -> None:
     """Write (key, members by extension) as a WebDataset tar to an open file."""
-    from webdataset import TarWriter
-
-    # encoder=False: members are bytes already, and nothing is ever pickled.
-    with TarWriter(file, encoder=False, mtime=0, user="", group="", mode=0o444) as tar:
+    with tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
         for key, members in samples:
-            tar.write({"__key__": key, **members})
+            for extension, data in sorted(members.items()):
+                header = tarfile.TarInfo(f"{key}.{extension}")
+                header.size, header.mode = len(data), 0o444
+                tar.addfile(header, io.BytesIO(data))
 
 
 def spans(path: Path) -> Iterator[Span]:

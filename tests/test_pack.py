@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 import shutil
+import subprocess
+import sys
 import tarfile
 import warnings
 from pathlib import Path
@@ -21,7 +24,7 @@ from geopose_dist.data import codecs, manifest, resample
 from geopose_dist.data.reader import Reader, open_shards
 from geopose_dist.errors import FoundProblems, UserError
 from geopose_dist.geometry import agl_m_from_cm
-from shards import images, layouts, pack, pack_plan, verify
+from shards import images, layouts, pack, pack_plan, tars, verify
 from shards.pack import CodecRecipe, PackRecipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,6 +80,24 @@ def test_webdataset_reads_the_shards_as_they_are(dataset, tmp_path):
         keys.append(sample["__key__"])
     assert len(keys) == len(set(keys)) == 12
     assert keys != sorted(keys)
+
+
+def test_shards_are_written_as_webdataset_would_but_without_torch(tmp_path):
+    samples = [
+        (
+            f"ARG_{'x' * length}",
+            {"rgb.qoi": bytes(range(256)) * length, "json": b"{}", "agl.lerc": b"\0" * 511},
+        )
+        for length in (1, 2, 76)
+    ]
+    ours, theirs = io.BytesIO(), io.BytesIO()
+    tars.write_samples(ours, samples)
+    with webdataset.TarWriter(theirs, encoder=False, mtime=0, user="", group="", mode=0o444) as tar:
+        for key, members in samples:
+            tar.write({"__key__": key, **members})
+    assert ours.getvalue() == theirs.getvalue()
+    code = "import sys, shards.pack_write, shards.pack, shards.verify; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_shards_of_the_first_version_are_read_as_ever():
