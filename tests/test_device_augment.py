@@ -294,3 +294,24 @@ def test_a_worker_spends_less_where_the_device_augments() -> None:
     assert np.shares_memory(part.agl_m, original.agl_m)
     whole = Augmenter(ALL_AT_ONCE, 48)(original, keyed(3))
     assert (part.scale_px_per_m, part.angle_rad) == (whole.scale_px_per_m, whole.angle_rad)
+
+
+@pytest.mark.slow
+def test_one_sample_takes_less_than_40_mb() -> None:
+    """Read, decoded, augmented with everything on and packed: 1024 x 1024, in a process of its own."""
+    from geopose_dist.bench import cases_device
+
+    (row,) = cases_device.bench_memory()
+    assert row["batch_mb"] == pytest.approx(1024 * 1024 * 5 / 1e6)
+    assert row["arrays_mb"] > row["batch_mb"], "or nothing was measured"
+    assert row["arrays_mb"] <= cases_device.LIMIT_MB
+    assert math.isnan(row["resident_mb"]) or row["batch_mb"] < row["resident_mb"] <= cases_device.LIMIT_MB
+
+
+@pytest.mark.slow
+def test_the_bench_case_runs_and_its_results_are_checked() -> None:
+    from geopose_dist.bench import cases_device
+
+    rows = cases_device.bench_device_augment(1)
+    assert [row["checked"] for row in rows] == [True, True]
+    assert all(row["worker_ms_where_device"] < row["worker_ms"] for row in rows)
