@@ -316,3 +316,16 @@ def test_settings_are_read_from_the_environment_but_never_credentials_into_recip
     store = open_store("s3://bucket", StoreRecipe(**QUICK))
     assert store.read("a.tar", 0, 9) == BODY[:9]
     assert not any("key" in field or "secret" in field for field in StoreRecipe.__dataclass_fields__)
+
+
+def test_the_bench_reads_its_own_store_or_yours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    from geopose_dist.bench import cases_store
+
+    monkeypatch.setattr(cases_store, "SAMPLES", 16)
+    monkeypatch.setattr(cases_store, "SAMPLE_BYTES", 4096)
+    rows = {row["name"]: row for row in cases_store.store(2)}
+    assert rows["8 under way"]["speedup"] > 2  # 16 pauses of 30 ms one after another, or two at a time
+    assert rows["from the cache"]["speedup"] > 2
+    assert rows[cases_store.ALONE]["tiles_per_s"] < 1 / 0.03
+    with pytest.raises(UserError, match="measures a store; name a URL"):
+        cases_store.store(1, str(tmp_path))
