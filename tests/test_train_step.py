@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import shutil
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -341,3 +342,48 @@ def test_fp16_leaves_out_steps_that_overflow_and_goes_on(train_shards: Path) -> 
     assert all(torch.isfinite(value).all() for value in after.values())
     taken = {float(state["step"]) for state in stepper.optimizer.state.values()}
     assert taken == {1.0}  # a step left out is not counted by Adam
+
+
+class Small(nn.Module):
+    """The least that a step can train: so that compiling it takes seconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 3, 1)
+        )
+
+    def forward(self, rgb_u8: torch.Tensor, *_: object) -> heads.Prediction:
+        maps = self.layers(rgb_u8.float() / 255).float()
+        pooled = maps.mean(dim=(2, 3))
+        scale = nn.functional.softplus(pooled[:, 0])
+        return heads.Prediction(maps[:, :1], maps[:, 1:2], pooled[:, 1:], scale, None)
+
+
+@pytest.mark.slow
+def test_compiled_steps_are_the_steps(train_shards: Path) -> None:
+    """Two micro-batches a step, three steps: losses to 1e-4, and the names of the state as they were."""
+    if not (shutil.which("g++") or shutil.which("c++")):
+        pytest.skip("torch.compile needs a C++ compiler on the CPU")
+    losses, names = {}, {}
+    for mode in ("off", "default"):
+        recipe = runs.recipe(train_shards, *FOUR, f"--compile={mode}")
+        torch.manual_seed(0)
+        net = Small().train()
+        stepper = Stepper(recipe, net, make_optimizer(recipe.optim, net, ALONE.device), ALONE)
+        steps = steps_of(train_shards, recipe, 3)
+        losses[mode] = [stepper.step(batches, i, 0).loss.item() for i, batches in enumerate(steps)]
+        names[mode] = list(net.state_dict())
+    assert losses["default"] == pytest.approx(losses["off"], rel=1e-4)
+    assert names["default"] == names["off"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoder", ["resnet18", "tu-mobilenetv3_small_050"])
+def test_the_network_compiles_in_one_piece(train_shards: Path, encoder: str) -> None:
+    """A graph break would cut the graph that max-autotune replays."""
+    net = GeoposeNet(runs.recipe(train_shards, f"--model.encoder={encoder}").model).train()
+    rgb, gsd_m = torch.zeros(2, 3, 64, 64, dtype=torch.uint8), torch.full((2,), torch.nan)
+    explained = torch._dynamo.explain(net)(rgb, gsd_m)
+    assert explained.graph_break_count == 0, explained.break_reasons
+    assert explained.graph_count == 1
