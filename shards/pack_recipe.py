@@ -17,9 +17,10 @@ class CodecRecipe:
     """How pixels are stored."""
 
     rgb: Literal["qoi", "png", "htj2k", "webp", "jpg", "gpz", "tiled"] = "qoi"
-    """qoi decodes fastest, htj2k and webp are smaller; all lossless but jpg (quality 95, 4:4:4, a third)."""
+    """qoi decodes fast, htj2k and webp are smaller; tiled (TIFF) and gpz (ours) decode a crop's window alone; all
+    lossless but jpg (quality 95, 4:4:4, a third)."""
     agl: Literal["lerc", "tif", "png", "htj2k", "gpz", "tiled"] = "lerc"
-    """Heights in uint16 centimetres, always lossless: lerc decodes fastest, tif opens everywhere."""
+    """Heights in uint16 centimetres, always lossless: lerc decodes fast, tif opens everywhere; tiled, gpz as above."""
 
 
 @dataclass(frozen=True)
