@@ -114,3 +114,14 @@ def test_an_index_cut_short_is_refused(folder: Path, keep: int) -> None:
 def test_an_index_never_loads_objects(folder: Path) -> None:
     np.save(folder / "index.npy", np.array([{}] * 9, object), allow_pickle=True)
     assert str(folder / "index.npy") in refusal(folder)
+
+
+def test_a_part_of_a_split_is_its_first_samples(folder: Path) -> None:
+    train = manifests.open_split(folder, "train")
+    for samples, sizes in ((1, [1]), (3, [3]), (4, [3, 1]), (5, [3, 2])):
+        part = train.first(samples)
+        assert (len(part), part.shard_sizes()) == (samples, sizes)
+        assert (part.fingerprint() == train.fingerprint()) == (samples == 5)
+    assert train.first(0) is train
+    with pytest.raises(UserError, match="samples is 6.*has 5"):
+        train.first(6)

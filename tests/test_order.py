@@ -95,3 +95,19 @@ def test_mistakes_are_one_sentence_and_exit_2(
         assert said in told.err
         assert told.err.count("\n") == 1
         assert told.out == ""
+
+
+@pytest.mark.parametrize("order", ["full", "block:2"])
+def test_a_part_of_the_split_is_visited_whole_again_and_again(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], order: str
+):
+    (tmp_path / "train.yaml").write_text(
+        f'data: {{samples: 9, global_batch: 3, micro_batch: 3, order: "{order}"}}\n'
+    )
+    words = ("--config", tmp_path / "train.yaml", "--shards", shards, "--count", 18)
+    keys = printed(capsys, *words)
+    assert sorted(keys[:9]) == sorted(keys[9:])
+    recipe = DataRecipe(str(shards), samples=9, global_batch=3, micro_batch=3, order=order, workers=0)
+    opened = open_split(shards, "train").first(recipe.samples)
+    steps = train_loader(opened, recipe, 0, 0, 1, 0, 6)
+    assert [key for step in steps for batch in step for key in batch.keys] == keys
