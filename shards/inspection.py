@@ -64,8 +64,8 @@ def _check_told(facts: TileFacts, agl_cm: npt.NDArray[np.uint16] | None, where: 
     found = (None, None) if agl_cm is None else (tallest_m(agl_cm), unknown_px(agl_cm))
     if told != found:
         raise UserError(
-            f"{where}.json: tells a tallest height of {told[0]} m and {told[1]} unknown pixels, its heights have "
-            f"{found[0]} and {found[1]}; pack again"
+            f"{where}.json: tallest_m and unknown_px are {told[0]} and {told[1]}, but the heights say {found[0]} and "
+            f"{found[1]}; pack again"
         )
 
 

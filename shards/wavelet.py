@@ -109,14 +109,15 @@ def read_rgb(path: Path, factor: int) -> tuple[U8, tuple[int, int]]:
             f"{path}: damaged or cut short after {len(data)} bytes: the end mark is missing; fetch it again "
             "or remove it"
         )
-    pixels = _low_band(path, data, factor)
+    pixels = low_band(path, data, factor)
     size = -(-found.rows // factor), -(-found.columns // factor)
     if pixels.shape != (*size, 3):
         raise UserError(f"{path}: decodes to {pixels.shape}; wanted {(*size, 3)}{instead}")
     return to_block_centres(pixels, factor), (found.rows, found.columns)
 
 
-def _low_band(path: Path, data: bytes, factor: int) -> U8:
+def low_band(path: Path, data: bytes, factor: int) -> U8:
+    """The decoded low band, its samples at the first pixel of each block (UserError)."""
     from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile
 
     try:

@@ -3,7 +3,7 @@
 The benchmark decodes a tile whole, reduces RGB bilinearly and heights by taking the nearest, and writes loose
 LZW TIFFs, heights as float32 metres (DOMAIN section 4). Ours writes a shard with its index and hashes, fsynced.
 Both read the same rendered JPEG 2000 tiles, one process each, in turn in every repeat. A second row packs from
-the wavelet's half resolution (`--reduce-by wavelet`).
+the wavelet's half resolution (`--reduce-by wavelet`); `wavelet` tells what that does to the pixels.
 """
 
 from __future__ import annotations
@@ -17,9 +17,14 @@ from typing import Any
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 
 from geopose_dist.bench.cases_codecs import ratio, render
 from geopose_dist.bench.harness import Row, pinned, timing
+from geopose_dist.data import resample
+from shards import wavelet
+
+U8 = npt.NDArray[np.uint8]
 
 BASELINE = "loose LZW TIFFs as the benchmark makes them"
 
@@ -112,4 +117,53 @@ def check_same(shards: Path, folder: Path) -> None:
         assert np.abs(view.rgb.astype(int) - theirs.astype(int)).max() <= 1, view.key
 
 
-CASES = {"pack": pack}
+def wavelet_pixels() -> list[Row]:
+    """What the wavelet's half resolution does to pixels, against reduction by area, lossy source and lossless."""
+    import imagecodecs
+
+    from shards import layouts
+
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        tiles = render(Path(folder))
+        again = Path(folder) / "again.j2k"
+        for source in ("9/7, lossy", "5/3, lossless"):
+            found: dict[str, list[list[float]]] = {"as packed": [], "unmoved": []}
+            for tile in tiles:
+                rgb = layouts.load_rgb(tile)
+                path = tile.rgb
+                if source.startswith("5/3"):
+                    again.write_bytes(imagecodecs.jpeg2k_encode(rgb, reversible=True))
+                    path = again
+                area = resample.reduce_rgb(rgb, 2)
+                found["as packed"].append(against(wavelet.read_rgb(path, 2)[0], area))
+                found["unmoved"].append(against(wavelet.low_band(path, path.read_bytes(), 2), area))
+            for how, each in found.items():
+                off, sharper, down, right = np.mean(each, axis=0).tolist()
+                rows.append(
+                    {
+                        "source": source,
+                        "low_band": how,
+                        "mean_difference_levels": off,
+                        "sharpness": sharper,
+                        "down_px": down,
+                        "right_px": right,
+                        "tiles": len(tiles),
+                    }
+                )
+    return rows
+
+
+def against(seen: U8, area: U8) -> list[float]:
+    """Mean difference, ratio of gradient energies, and offset (row, column; least squares) of two images."""
+    a, b = (x.astype(np.float64).mean(2)[4:-4, 4:-4] for x in (area, seen))
+    slopes = np.stack([slope.ravel() for slope in np.gradient(a)], 1)
+    moved = -np.linalg.lstsq(slopes, (b - a).ravel(), rcond=None)[0]
+    energy = [
+        sum(float((step**2).mean()) for step in (np.diff(x, axis=0), np.diff(x, axis=1))) for x in (a, b)
+    ]
+    off = float(np.abs(seen.astype(np.int32) - area.astype(np.int32)).mean())
+    return [off, energy[1] / energy[0], *moved.tolist()]
+
+
+CASES = {"pack": pack, "wavelet": wavelet_pixels}
