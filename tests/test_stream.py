@@ -223,11 +223,31 @@ def test_reads_of_a_micro_batch_are_under_way_at_once(web: tuple[str, Behaviour]
 
     acts.most_at_once = 0
     alone = seconds(1)
-    assert acts.most_at_once == 1
+    assert acts.most_at_once <= 2  # one ahead, and one for a sample that comes twice
     together = statistics.median(seconds(8) for _ in range(3))
-    assert acts.most_at_once == 8
+    assert acts.most_at_once >= 8
     assert alone > 3 * 10 * acts.delay_s
     assert together < alone / 2.5
+
+
+def test_what_is_read_ahead_is_bounded(web: tuple[str, Behaviour], tmp_path: Path):
+    url, acts = web
+    recipe = recipe_of(url, tmp_path, in_flight=4, cache_gb=0)
+    reader = Reader(open_shards(url, "train", recipe.store))
+    acts.asked.clear()
+    reader.prefetch(range(20))
+    time.sleep(0.3)
+    assert acts.count(".tar") == 4
+    reader.raw(0)
+    reader.raw(11)  # out of turn
+    time.sleep(0.3)
+    assert acts.count(".tar") == 6
+    reader.prefetch([1, 2, 19])  # those that are here stay
+    time.sleep(0.3)
+    assert acts.count(".tar") == 7
+    for index in (1, 2, 19):
+        reader.raw(index)
+    assert acts.count(".tar") == 7
 
 
 def test_an_evaluation_reads_a_store_too(folder: Path, web: tuple[str, Behaviour], tmp_path: Path):

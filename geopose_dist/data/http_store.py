@@ -221,6 +221,7 @@ def _redirected(at: str, target: str, location: str) -> str:
 
 def _pool(url: Url, recipe: StoreRecipe) -> urllib3.PoolManager:
     """Connections that are kept, through the proxy that the environment names for this host, if any."""
+    kept = recipe.in_flight + 32  # a caller's own threads may read beside those of `prefetch`
     timeout = urllib3.Timeout(connect=min(recipe.timeout_s, 5.0), read=recipe.timeout_s)
     host = url.host.rpartition("@")[2]
     proxies = {} if urllib.request.proxy_bypass(host) else urllib.request.getproxies_environment()
@@ -230,9 +231,9 @@ def _pool(url: Url, recipe: StoreRecipe) -> urllib3.PoolManager:
         headers = urllib3.make_headers(proxy_basic_auth=user)
         plain = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
         return urllib3.ProxyManager(
-            plain, proxy_headers=headers, maxsize=recipe.in_flight, timeout=timeout, retries=False
+            plain, proxy_headers=headers, maxsize=kept, timeout=timeout, retries=False
         )
-    return urllib3.PoolManager(maxsize=recipe.in_flight, timeout=timeout, retries=False)
+    return urllib3.PoolManager(maxsize=kept, timeout=timeout, retries=False)
 
 
 def _in_words(error: Exception, recipe: StoreRecipe) -> str:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from geopose_dist.data.store_recipe import StoreRecipe
 from geopose_dist.data.urls import Url
 from geopose_dist.errors import UserError
 
+READS_AHEAD = 2
+"""Pieces of an object that are read while another is used, where all of it is wanted."""
 WRITES_AT_ONCE = 4
 """Parts of one upload under way at once: 32 MiB of memory."""
 
@@ -54,8 +58,14 @@ class ObjectStore:
         size = self.size(name)
         if size is None:
             raise stores.missing(self._at(name))
-        for offset in range(0, size, stores.PIECE):
-            yield self.read(name, offset, min(stores.PIECE, size - offset))
+        waiting: deque[Future[bytes]] = deque()
+        with ThreadPoolExecutor(READS_AHEAD) as threads:
+            for offset in range(0, size, stores.PIECE):
+                waiting.append(threads.submit(self.read, name, offset, min(stores.PIECE, size - offset)))
+                if len(waiting) > READS_AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
 
     def size(self, name: str) -> int | None:
         """See `Store`."""

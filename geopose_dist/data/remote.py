@@ -21,6 +21,8 @@ from geopose_dist.data.stores import Store
 from geopose_dist.errors import UserError
 
 PROBE_BYTES = 512
+Place = tuple[str, int, int]
+"""Shard, offset and length."""
 
 
 class RemoteSource:
@@ -32,7 +34,8 @@ class RemoteSource:
         self.shards = {shard.name: shard for shard in shard_set.manifest.shards}
         self.cache_folder = catalogue.cache_folder(shard_set)
         self._process = 0
-        self._ahead: dict[tuple[str, int, int], Future[bytes]] = {}
+        self._ahead: dict[Place, Future[bytes]] = {}
+        self._later: dict[Place, int | None] = {}
 
     @classmethod
     def of(cls, shard_set: ShardSet) -> RemoteSource:
@@ -69,31 +72,31 @@ class RemoteSource:
     def read(self, name: str, offset: int, length: int, crc: int | None = None) -> bytes:
         """See `source.ByteSource`."""
         self._open()
-        ahead = self._ahead.pop((name, offset, length), None)
-        if ahead is None:
-            return self._read(name, offset, length, crc)
+        place = (name, offset, length)
+        self._later.pop(place, None)
+        future = self._ahead.pop(place, None)
         try:
-            return ahead.result()
+            data = future.result() if future else self._read(*place, crc)
         except BaseException:
-            self._forget()
+            self.prefetch(())  # what is still to come would only delay the end
             raise
+        self._fill()
+        return data
 
     def prefetch(self, spans: Iterable[Span]) -> None:
-        """See `source.ByteSource`."""
+        """See `source.ByteSource`. `in_flight` samples at most are under way or wait to be asked for."""
         self._open()
-        before, self._ahead = self._ahead, {}
-        for name, offset, length, crc in spans:
-            place = (name, offset, length)
-            if place not in self._ahead:
-                future = before.pop(place, None)
-                self._ahead[place] = future or self._threads.submit(self._read, *place, crc)
-        for future in before.values():
-            future.cancel()
+        self._later = {(name, offset, length): crc for name, offset, length, crc in spans}
+        for place in self._ahead.keys() - self._later.keys():
+            self._ahead.pop(place).cancel()
+        for place in self._ahead:
+            del self._later[place]
+        self._fill()
 
-    def _forget(self) -> None:
-        for future in self._ahead.values():
-            future.cancel()
-        self._ahead.clear()
+    def _fill(self) -> None:
+        while self._later and len(self._ahead) < self.recipe.in_flight:
+            place = next(iter(self._later))
+            self._ahead[place] = self._threads.submit(self._read, *place, self._later.pop(place))
 
     def _open(self) -> None:
         if self._process == os.getpid():
@@ -106,7 +109,7 @@ class RemoteSource:
             )
         self._cache = ShardCache(folder.parent, folder.name, limit) if limit else None
         self._threads = ThreadPoolExecutor(self.recipe.in_flight, thread_name_prefix="store")
-        self._ahead = {}
+        self._ahead, self._later = {}, {}
         self._process = os.getpid()  # last: another thread may be waiting for it
 
     def _read(self, name: str, offset: int, length: int, crc: int | None) -> bytes:
