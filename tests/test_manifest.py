@@ -123,5 +123,5 @@ def test_a_part_of_a_split_is_its_first_samples(folder: Path) -> None:
         assert (len(part), part.shard_sizes()) == (samples, sizes)
         assert (part.fingerprint() == train.fingerprint()) == (samples == 5)
     assert train.first(0) is train
-    with pytest.raises(UserError, match="samples is 6.*has 5"):
+    with pytest.raises(UserError, match=r"samples is 6.*has 5"):
         train.first(6)
