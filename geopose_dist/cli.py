@@ -176,7 +176,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         _load(verb.function)(recipe)  # type: ignore[operator]
     except UserError as error:
-        print(f"geopose {name}: {error}", file=sys.stderr)
+        if not error.said:
+            print(f"geopose {name}: {error}", file=sys.stderr)
         return EXIT_USER
     except FinishedWithFailures as failures:
         print(f"geopose {name}: {failures}", file=sys.stderr)

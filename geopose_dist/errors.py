@@ -16,7 +16,12 @@ class UserError(ValueError):
     """A mistake that the user can mend: one sentence saying what, where, found, wanted, what to do.
 
     The command line prints it without a traceback and exits with 2.
+
+    Attributes:
+        said: another process has said the same already, and once is enough.
     """
+
+    said = False
 
 
 class FoundProblems(UserError):

@@ -7,8 +7,8 @@
 #   NNODES=2 NODE_RANK=1 MASTER_ADDR=host0 CONFIG=train/base launch/torchrun.sh --data.shards S --out runs/a   (on host1)
 #
 # Words after the script's name go to `geopose train` as they are. Run the same command again to go on.
-# Exit codes: 0 done; 75 preempted after saving, or a rank was lost: run again; else torchrun's own (1: look at the
-# first traceback above).
+# Exit codes: 0 done; 2 a mistake to mend; 75 preempted after saving, or a rank was lost: run again; else 1 (look at
+# the first message above).
 #
 #   CONFIG            recipe: a file or a shipped name (smoke)
 #   SHARDS, OUT       folder of shards and run folder, where --data.shards and --out are not among the words
@@ -64,7 +64,8 @@ if [ -n "${IFNAME:-}" ]; then
   export GLOO_SOCKET_IFNAME=$IFNAME NCCL_SOCKET_IFNAME=$IFNAME
 fi
 
-command=("$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --nproc-per-node "$NPROC")
+# torchrun, with one line in place of its traceback where a rank fails.
+command=("$PYTHON" -m geopose_dist.torchrun --nnodes "$NNODES" --nproc-per-node "$NPROC")
 if [ "$NNODES" = 1 ]; then
   command+=(--standalone) # a free port of this host: two runs may share a machine
 else
@@ -116,7 +117,7 @@ while :; do
   kill -0 "$child" 2>/dev/null || break
 done
 
-# torchrun exits 1 whatever its ranks exit with; what they meant is in the run folder. A state from before this start
+# A signal or a lost rank ends torchrun with 1; what it means is in the run folder. A state from before this start
 # does not count, or a run that fails at once would be queued again for ever.
 state=$OUT/state.json
 if [ "$code" != 0 ] && [ "$state" -nt "$began" ]; then

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -267,3 +269,23 @@ def test_steps_left_out_in_fp16_are_the_same_on_all_ranks(train_shards: Path, tm
         (folder,) = (tmp_path / name / "checkpoints").glob("step-*")
         scales.append(torch.load(folder / "training.pt", weights_only=True)["scaler"]["scale"])
     assert scales[0] == scales[1] < 65536
+
+
+@pytest.mark.slow
+def test_a_mistake_is_said_once_and_keeps_its_exit_code(train_shards: Path, tmp_path: Path) -> None:
+    """Two ranks find the same mistake: one sentence, one line of torchrun's, no traceback, exit code 2."""
+    script = runs.ROOT / "launch" / "torchrun.sh"
+    words = ["--data.shards", str(train_shards), "--out", str(tmp_path / "run")]  # smoke's crop is 128 px
+    variables = {"PYTHON": sys.executable, "NPROC": "2", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [script, *words],
+        env={**os.environ, **variables},
+        cwd=runs.ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("data.crop_px is 128, larger than the tiles") == 1
+    assert "left with exit code 2" in done.stderr
+    assert "Traceback" not in done.stderr

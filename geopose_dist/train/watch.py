@@ -18,12 +18,14 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from geopose_dist.errors import EXIT_AGAIN, FinishedWithFailures, LostPeer, Preempted
+from geopose_dist.errors import EXIT_AGAIN, FinishedWithFailures, LostPeer, Preempted, UserError
 from geopose_dist.runtime import World
 
 GRACE_S = 5.0
 """How long the ranks that are left wait for each other's places, at most."""
 POLL_S = 0.05
+SAME_S = 1.0
+"""How long a rank that found a mistake waits for rank 0 to have found the same, and said it for all."""
 COLLECTIVE = re.compile(r"gloo|Connection (closed|reset) by peer|NCCL|Broken pipe")
 """What the errors of failed collectives say; gloo raises plain RuntimeErrors."""
 
@@ -64,7 +66,10 @@ class Watch:
             return
         if isinstance(error, RuntimeError) and COLLECTIVE.search(str(error)):
             raise self._lost() from error
-        self._say(f"ended/{self.world.rank}", f"{type(error).__name__}")
+        mistake = isinstance(error, UserError)
+        self._say(f"ended/{self.world.rank}", str(error) if mistake else type(error).__name__)
+        if isinstance(error, UserError) and not self.world.is_first and self._there("ended/0", SAME_S):
+            error.said = self.world.store.get("ended/0").decode() == str(error)
         dist.destroy_process_group(self.world.control)  # wakes those who wait for this rank
         if self.world.is_first:
             self._keep_store(set(range(1, self.world.size)))
