@@ -32,7 +32,7 @@ from geopose_dist.data.workers import keep_freed_memory
 from geopose_dist.kernels import planes
 
 TILES = 24
-STEPS = 16
+STEPS = 14
 """Batches per repeat; the first, in which workers start and queues fill, do not count."""
 SKIPPED = 4
 TILE_PX = 1024
