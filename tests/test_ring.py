@@ -178,3 +178,18 @@ def test_a_small_tmpfs_is_told_in_one_sentence(tmp_path: Path, monkeypatch: pyte
             worker_processes.open_ring(64, 4096)
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_batches_arrive_pinned_and_their_slots_are_free_at_once(shards: Path):
+    loader = loader_of(shards, 1, 12)
+    wanted = [contents(step[0]) for step in loader_of(shards, 0, 12)]
+    kept = []
+    for number, step in enumerate(loader):
+        assert step[0].rgb.is_pinned()
+        assert step[0].agl_cm.is_pinned()
+        kept.append(step[0])
+        assert contents(step[0]) == wanted[number]
+        if number == 6:  # seven are kept, more than there are slots
+            assert loader._samples.ring.free_slots() >= 1
+    assert [contents(batch) for batch in kept] == wanted
