@@ -178,8 +178,9 @@ def test_shards_give_what_their_folder_gives(
     capsys.readouterr()
     assert predict(shards, checkpoint, tmp_path / "a", "--dispatch", "inline") == 2
     assert "no split test in these shards; name one by --split: train" in capsys.readouterr().err
-    assert predict(shards, checkpoint, tmp_path / "a", "--dispatch", "inline", "--split", "train") == 0
-    assert predict(tiles, checkpoint, tmp_path / "b", "--dispatch", "inline") == 0
+    options = ("--dispatch", "inline", "--net.enlarge", "bilinear")  # guided wants the full-size image
+    assert predict(shards, checkpoint, tmp_path / "a", *options, "--split", "train") == 0
+    assert predict(tiles, checkpoint, tmp_path / "b", *options) == 0
     assert tifffile.imread(tmp_path / "a" / "JAX_tile00_AGL.tif").shape == (128, 128)  # at full resolution
     assert outputs(tmp_path / "a") == outputs(tmp_path / "b")
 

@@ -11,6 +11,7 @@ from torch import nn
 from geopose_dist import geometry
 from geopose_dist.errors import UserError
 from geopose_dist.infer import tiles
+from geopose_dist.infer.enlarge import enlarge
 from geopose_dist.infer.predictor import Predictor
 from geopose_dist.infer.recipe import NetRecipe, PredictRecipe
 
@@ -140,7 +141,7 @@ def test_windows_give_what_the_whole_tile_gives() -> None:
 
 def test_reduced_networks_answer_at_full_resolution() -> None:
     rgb = np.repeat(np.repeat(leaning(40, 64, 0.5, 0.5), 2, 0), 2, 1)[:79]  # odd: one row short
-    twice = predictor(reduction=2, gsd_known=True)
+    twice = predictor(NetRecipe(enlarge="slopes"), reduction=2, gsd_known=True)
     poses = twice.predict([rgb, rgb], [0.3, None])
     assert poses[0] is not None
     assert poses[0].agl_m.shape == (79, 128)
@@ -155,6 +156,29 @@ def test_reduced_networks_answer_at_full_resolution() -> None:
     np.testing.assert_allclose(twice.nets[0].seen_gsd.numpy(), [0.6, np.nan])
     with pytest.raises(UserError, match="reduced by 3, the checkpoint wants 2"):
         twice.predict([rgb], [None], reduced_by=3)
+
+
+def test_heights_return_along_the_edges_of_the_image() -> None:
+    rgb = np.full((64, 64, 3), 60, np.uint8)
+    rgb[:, 31:] = 200  # a roof whose edge falls inside a reduced pixel
+    true_m = np.where(np.arange(64) < 31, 0, 20).astype(np.float32)[None].repeat(64, 0)
+    reduced = true_m.reshape(32, 2, 32, 2).mean((1, 3)).astype(np.float32)
+    error = {
+        way: ((enlarge(reduced, 2, (64, 64), way, rgb) - true_m) ** 2).mean()
+        for way in ("guided", "bilinear", "slopes")
+    }
+    assert error["guided"] < 0.6 * error["bilinear"]
+    plain = np.full_like(rgb, 90)  # an image that says nothing
+    smooth = enlarge(reduced, 2, (64, 64), "guided", plain)
+    assert np.abs(smooth.mean(axis=0) - enlarge(reduced, 2, (64, 64), "bilinear").mean(axis=0)).max() < 7
+    np.testing.assert_array_equal(
+        enlarge(reduced, 2, (64, 64), "guided", None), enlarge(reduced, 2, (64, 64), "bilinear")
+    )
+    for way in ("guided", "bilinear", "slopes"):
+        assert enlarge(reduced, 2, (63, 64), way, rgb[:63]).shape == (63, 64)
+        np.testing.assert_array_equal(enlarge(reduced, 1, (32, 32), way, rgb[:32, :32]), reduced)
+    with pytest.raises(ValueError, match="wanted one size"):
+        enlarge(reduced, 2, (64, 64), "guided", rgb[:32])
 
 
 def test_networks_that_never_saw_a_gsd_are_shown_none() -> None:

@@ -37,7 +37,7 @@ from geopose_dist.train.recipe import TrainRecipe
 Row = dict[str, Any]
 Case = Callable[..., Any]
 
-BY_NAME_ONLY = ("accuracy", "scaling")
+BY_NAME_ONLY = ("accuracy", "enlarge", "scaling")
 """Cases that take long and want more than defaults: run when they are named."""
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLOSC_NTHREADS")
@@ -49,6 +49,10 @@ class BenchData:
 
     shards: str | None = None
     """Folder or URL of shards, for the cases that read them."""
+    checkpoint: str = ""
+    """Run folder or .safetensors file, for enlarge."""
+    tiles: str = ""
+    """Labelled tiles that the checkpoint has not seen, for enlarge."""
 
 
 @dataclass(frozen=True)

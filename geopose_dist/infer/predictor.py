@@ -25,6 +25,7 @@ from geopose_dist.data.sample import U8
 from geopose_dist.errors import UserError
 from geopose_dist.geometry import F32, F64
 from geopose_dist.infer import calibration, tiles
+from geopose_dist.infer.enlarge import enlarge
 from geopose_dist.infer.recipe import NetRecipe
 from geopose_dist.model.inputs import city_numbers
 from geopose_dist.model.weights import find_checkpoint, load_net
@@ -142,8 +143,8 @@ class Predictor:
         )
         size = size or (rgbs[0].shape[0] * reduced_by, rgbs[0].shape[1] * reduced_by)
         return [
-            self._finish(heights, vector, float(np.exp(log_scale)), size)
-            for heights, vector, log_scale in zip(agl_m, vectors, log_scales, strict=True)
+            self._finish(heights, vector, float(np.exp(log_scale)), size, rgb if reduced_by == 1 else None)
+            for heights, vector, log_scale, rgb in zip(agl_m, vectors, log_scales, rgbs, strict=True)
         ]
 
     def answers(
@@ -204,15 +205,16 @@ class Predictor:
         agl_m, vectors, log_scales = self._average(batch, gsds, [city] * self.batch)
         return agl_m[list(slots)], vectors[list(slots)], log_scales[list(slots)]
 
-    def _finish(self, agl_m: F32, vector: F64, scale: float, size: tuple[int, int]) -> TilePose | None:
+    def _finish(
+        self, agl_m: F32, vector: F64, scale: float, size: tuple[int, int], rgb: U8 | None
+    ) -> TilePose | None:
         if not (np.isfinite(agl_m).all() and np.isfinite(vector).all() and math.isfinite(scale)):
             return None
         recipe = self.recipe
         clipped = int(((agl_m < 0) | (agl_m > recipe.agl_max_m)).sum())
-        full = resample.enlarge_agl(np.clip(agl_m, 0, np.float32(recipe.agl_max_m)), self.reduction, size)
-        full = np.clip(
-            full, 0, np.float32(recipe.agl_max_m)
-        )  # slopes may reach a little beyond at the border
+        inside = np.clip(agl_m, 0, np.float32(recipe.agl_max_m))
+        full = enlarge(inside, self.reduction, size, recipe.enlarge, rgb)
+        full = np.clip(full, 0, np.float32(recipe.agl_max_m))  # slopes may reach a little beyond
         wanted = scale * self.reduction
         limited = min(max(wanted, recipe.scale_min_px_per_m), recipe.scale_max_px_per_m)
         return TilePose(full, limited, geometry.angle_of(*map(float, vector)), clipped, limited != wanted)

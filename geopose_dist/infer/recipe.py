@@ -31,6 +31,9 @@ class NetRecipe:
     give what the whole tile would."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic inside the network; bf16 is the faster one on GPUs and recent CPUs."""
+    enlarge: Literal["guided", "bilinear", "slopes"] = "guided"
+    """How heights of a reduced network return to full size: along the edges of the image (bilinear where only the
+    reduced image is there, as in reduced shards), bilinear, or as planes limited at edges."""
     calibration: Literal["none", "factor", "curve"] = "none"
     """Correct heights as `geopose calibrate` fitted for each checkpoint: by a factor per city, or a monotone curve."""
     agl_max_m: float = LARGEST_AGL_M

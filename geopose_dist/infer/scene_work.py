@@ -26,6 +26,7 @@ from geopose_dist.errors import UserError
 from geopose_dist.files import write_bytes
 from geopose_dist.geometry import F32
 from geopose_dist.infer import tiles
+from geopose_dist.infer.enlarge import enlarge
 from geopose_dist.infer.raster import Bools, Scene, SceneReader
 from geopose_dist.infer.recipe import NetRecipe
 from geopose_dist.infer.scene_plan import SLOPE_PX, STEP, ScenePlan
@@ -252,7 +253,13 @@ class SceneWorker:
         pairs = zip((rows, columns), plan.small, strict=True)
         small = [slice(max(s.start // f - margin, 0), min(-(-s.stop // f) + margin, n)) for s, n in pairs]
         blended = self.blend(small[0], small[1])
-        whole = resample.enlarge_agl(blended, f, (blended.shape[0] * f, blended.shape[1] * f))
+        pairs = zip(small, (plan.rows, plan.columns), strict=True)
+        around = [slice(part.start * f, min(part.stop * f, side)) for part, side in pairs]
+        size = around[0].stop - around[0].start, around[1].stop - around[1].start
+        guide = (
+            self.reader.read(around[0], around[1])[0] if self.spec.net.enlarge == "guided" and f > 1 else None
+        )
+        whole = enlarge(blended, f, size, self.spec.net.enlarge, guide)
         top, left = small[0].start * f, small[1].start * f
         cut = whole[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
         return np.ascontiguousarray(cut)
