@@ -80,19 +80,21 @@ def test_a_folder_s3_and_http_give_the_same_batches(
     url, acts = web
     for name, value in s3_server.CREDENTIALS.items():
         monkeypatch.setenv(name, value)
-    for order in ("full", "block:2"):
-        expected = batches(recipe_of(folder, tmp_path, order=order))
-        assert len({key for keys, *_ in expected for key in keys}) == sum(COUNTS)
-        with s3_server.serve("tiles") as endpoint:
-            s3_server.upload(folder, "s3://tiles/a/b", endpoint)
-            reached = {"endpoint": endpoint, "timeout_s": 20}
-            for world, workers in ((1, 2), (2, 1)):
-                far = recipe_of("s3://tiles/a/b", tmp_path / "s3", order=order, workers=workers, **reached)
+    ways = {"full": ((2, 1), (1, 2), (3, 0)), "block:2": ((1, 0), (1, 0), (2, 1))}  # ranks and workers
+    with s3_server.serve("tiles") as endpoint:
+        s3_server.upload(folder, "s3://tiles/a/b", endpoint)
+        reached = {"endpoint": endpoint, "timeout_s": 20}
+        for order, (in_s3, uncached, cached) in ways.items():
+            expected = batches(recipe_of(folder, tmp_path, order=order))
+            assert len({key for keys, *_ in expected for key in keys}) == sum(COUNTS)
+            for place, (world, workers), fields in (
+                ("s3://tiles/a/b", in_s3, reached),
+                (url, uncached, {"cache_gb": 0}),
+                (url, cached, {}),
+            ):
+                far = recipe_of(place, tmp_path / "cache", order=order, workers=workers, **fields)
                 assert batches(far, world) == expected
-        for world, workers, cache_gb in ((1, 0, 0), (1, 2, 1), (3, 1, 1)):
-            far = recipe_of(url, tmp_path / "http", order=order, workers=workers, cache_gb=cache_gb)
-            assert batches(far, world) == expected
-        assert batches(recipe_of(url, tmp_path / "http", order=order), start=3) == expected[6:]
+            assert batches(recipe_of(url, tmp_path / "cache", order=order), start=3) == expected[6:]
     acts.ranges = False
     whole = recipe_of(url, tmp_path / "whole", order="block:2", workers=2)
     acts.asked.clear()
