@@ -17,18 +17,12 @@ from shards import layouts
 
 
 @pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
+def small_tiles(monkeypatch, tmp_path) -> Path:
     """Drawn tiles of 64 px in the place of rendered ones of 2048."""
-
-    def render(folder: Path) -> list:
-        make_dataset(folder / "tiles", 3)
-        return layouts.read_layout(folder / "tiles")
-
-    monkeypatch.setattr(cases_codecs, "render", render)
-    monkeypatch.setattr(cases_pack, "render", render)
-    cases_codecs.rendered_tiles.cache_clear()
-    yield
-    cases_codecs.rendered_tiles.cache_clear()
+    make_dataset(tmp_path / "tiles", 3)
+    monkeypatch.setattr(cases_codecs, "rendered_source", lambda: tmp_path / "tiles")
+    monkeypatch.setattr(cases_pack, "rendered_source", lambda: tmp_path / "tiles")
+    return tmp_path / "tiles"
 
 
 def test_every_codec_is_measured_beside_lzw():
@@ -70,7 +64,7 @@ def test_packing_stands_beside_the_benchmarks_files():
 
 def test_another_reduction_is_not_compared(tmp_path):
     """The check of the bench sees a baseline that packs other pixels."""
-    tiles = cases_pack.render(tmp_path)
+    tiles = cases_pack.render()
     cases_pack.packed(tmp_path / "tiles", tmp_path / "shards", "area")
     cases_pack.loose(tiles, tmp_path / "loose")
     cases_pack.check_same(tmp_path / "shards", tmp_path / "loose")

@@ -9,6 +9,7 @@ and half resolution both.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import io
 import tempfile
@@ -40,7 +41,7 @@ Pair = tuple[Pixels, Pixels]
 
 def codecs_case(repeats: int, shards: str | None = None) -> list[Row]:
     """Every codec of RGB and of heights beside LZW TIFF; without `shards`, on rendered tiles of 1024 px."""
-    pairs = stored_tiles(shards) if shards else rendered_tiles()
+    pairs = stored_tiles(shards) if shards else [reduced(tile) for tile in render()]
     facts = {"tile_px": "x".join(map(str, pairs[0][0].shape[:2])), "tiles": len(pairs), "threads": 1}
     found: list[Row] = []
     for kind, table in (("rgb", codecs.RGB_CODECS), ("agl", codecs.AGL_CODECS)):
@@ -153,18 +154,22 @@ def lzw_tiff(image: Pixels) -> bytes:
 
 
 @functools.cache
-def rendered_tiles() -> list[Pair]:
-    """A rendered tile of each city, reduced twice as `geopose pack` does."""
-    with tempfile.TemporaryDirectory() as folder:
-        return [reduced(tile) for tile in render(Path(folder))]
+def rendered_source() -> Path:
+    """A folder with a rendered tile of each city, of the challenge's size, for the time of this process."""
+    from shards import synth
+
+    folder = tempfile.TemporaryDirectory(prefix="geopose-bench-")
+    atexit.register(folder.cleanup)
+    source = Path(folder.name) / "tiles"
+    synth.run(synth.SynthRecipe(source, places=TILES, views=1, size=TILE_PX, test_places=0))
+    return source
 
 
-def render(folder: Path) -> list[Any]:
-    """Rendered tiles of the challenge's size in `folder` (`layouts.Tile`)."""
-    from shards import layouts, synth
+def render() -> list[Any]:
+    """The tiles of `rendered_source` (`layouts.Tile`)."""
+    from shards import layouts
 
-    synth.run(synth.SynthRecipe(folder / "tiles", places=TILES, views=1, size=TILE_PX, test_places=0))
-    return layouts.read_layout(folder / "tiles")
+    return layouts.read_layout(rendered_source())
 
 
 def reduced(tile: Any) -> Pair:
@@ -196,8 +201,7 @@ def resolutions(repeats: int) -> list[Row]:
 
     from shards import layouts
 
-    with tempfile.TemporaryDirectory() as folder:
-        full = [layouts.load_rgb(tile) for tile in render(Path(folder))]
+    full = [layouts.load_rgb(tile) for tile in render()]
     half = [resample.reduce_rgb(rgb, 2) for rgb in full]
     both = [codecs.encode_rgb("htj2k", rgb) for rgb in full]
     own = {name: [codecs.encode_rgb(name, rgb) for rgb in half] for name in ("qoi", "htj2k")}

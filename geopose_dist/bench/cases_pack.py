@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from geopose_dist.bench.cases_codecs import ratio, render
+from geopose_dist.bench.cases_codecs import ratio, render, rendered_source
 from geopose_dist.bench.harness import Row, pinned, timing
 from geopose_dist.data import resample
 from shards import wavelet
@@ -32,11 +32,10 @@ BASELINE = "loose LZW TIFFs as the benchmark makes them"
 def pack(repeats: int) -> list[Row]:
     """`geopose pack` with its defaults and from the wavelet's half resolution, beside the benchmark's script."""
     with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        tiles = render(work)
+        work, source, tiles = Path(folder), rendered_source(), render()
         calls: dict[str, Callable[[Path], None]] = {
-            "geopose pack": lambda out: packed(work / "tiles", out, "area"),
-            "geopose pack --reduce-by wavelet": lambda out: packed(work / "tiles", out, "wavelet"),
+            "geopose pack": lambda out: packed(source, out, "area"),
+            "geopose pack --reduce-by wavelet": lambda out: packed(source, out, "wavelet"),
             BASELINE: lambda out: loose(tiles, out),
         }
         seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -125,7 +124,7 @@ def wavelet_pixels() -> list[Row]:
 
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        tiles = render(Path(folder))
+        tiles = render()
         again = Path(folder) / "again.j2k"
         for source in ("9/7, lossy", "5/3, lossless"):
             found: dict[str, list[list[float]]] = {"as packed": [], "unmoved": []}
