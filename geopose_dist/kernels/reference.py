@@ -208,3 +208,14 @@ def _neighbours(
         for (first, weight), side in zip(sides, (rows, cols), strict=True)
     )
     return sides[0], sides[1], (nearest[0], nearest[1])
+
+
+def tone(rgb: U8, table: U8, noise: npt.NDArray[np.int8] | None = None, random: U8 | None = None) -> U8:
+    """Twin of `kernels.tone`: one value at a time."""
+    out = rgb.copy()
+    for number, (row, col, channel) in enumerate(np.ndindex(*rgb.shape)):
+        value = int(table[channel, rgb[row, col, channel]])
+        if noise is not None and random is not None:
+            value = min(max(value + int(noise[random[number]]), 0), 255)
+        out[row, col, channel] = value
+    return out
