@@ -24,7 +24,7 @@ from geopose_dist.runtime import World
 GRACE_S = 5.0
 """How long the ranks that are left wait for each other's places, at most."""
 POLL_S = 0.05
-SAME_S = 1.0
+SAME_S = 5.0
 """How long a rank that found a mistake waits for rank 0 to have found the same, and said it for all."""
 COLLECTIVE = re.compile(r"gloo|Connection (closed|reset) by peer|NCCL|Broken pipe")
 """What the errors of failed collectives say; gloo raises plain RuntimeErrors."""
@@ -66,13 +66,24 @@ class Watch:
             return
         if isinstance(error, RuntimeError) and COLLECTIVE.search(str(error)):
             raise self._lost() from error
-        mistake = isinstance(error, UserError)
-        self._say(f"ended/{self.world.rank}", str(error) if mistake else type(error).__name__)
-        if isinstance(error, UserError) and not self.world.is_first and self._there("ended/0", SAME_S):
-            error.said = self.world.store.get("ended/0").decode() == str(error)
+        if isinstance(error, UserError):
+            self._say_once(error)
+        else:
+            self._say(f"ended/{self.world.rank}", type(error).__name__)
         dist.destroy_process_group(self.world.control)  # wakes those who wait for this rank
         if self.world.is_first:
             self._keep_store(set(range(1, self.world.size)))
+
+    def _say_once(self, error: UserError) -> None:
+        """Most mistakes are found by all ranks alike: rank 0 says them, at once, before a peer's end ends it."""
+        if self.world.is_first:
+            print(f"geopose train: {error}", file=sys.stderr, flush=True)
+            error.said = True
+            self._say("ended/0", str(error))
+        else:
+            self._say(f"ended/{self.world.rank}", str(error))
+            if self._there("ended/0", SAME_S):
+                error.said = self.world.store.get("ended/0").decode() == str(error)
 
     def _look(self) -> None:
         """The thread: publish where this rank is stuck; on a GPU, where nothing raises, end the process."""
