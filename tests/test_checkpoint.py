@@ -17,6 +17,8 @@ import pytest
 import runs
 import torch
 
+from geopose_dist.data.recipe import DataRecipe
+from geopose_dist.data.store_recipe import StoreRecipe
 from geopose_dist.errors import UserError
 from geopose_dist.model import weights
 from geopose_dist.model.unet import GeoposeNet
@@ -207,6 +209,16 @@ def test_a_run_from_before_a_field_goes_on(tmp_path: Path) -> None:
     checkpoint.check_same_run(folder, TrainRecipe(), "f")
     with pytest.raises(UserError, match=r"ddp\.bucket_mb: the run has 25, the recipe says 7"):
         checkpoint.check_same_run(folder, TrainRecipe(ddp=DdpRecipe(bucket_mb=7)), "f")
+
+
+def test_a_run_goes_on_where_its_shards_have_moved_to(tmp_path: Path) -> None:
+    folder = checkpoint.save(tmp_path, TrainRecipe(), Progress(step=1, fingerprint="f"), snapshot(1.0))
+    elsewhere = DataRecipe(
+        shards="s3://tiles/v1", store=StoreRecipe(endpoint="http://minio:9000", cache_gb=500)
+    )
+    checkpoint.check_same_run(folder, TrainRecipe(data=elsewhere), "f")
+    with pytest.raises(UserError, match="the run has samples f, these shards are g"):
+        checkpoint.check_same_run(folder, TrainRecipe(data=elsewhere), "g")
 
 
 def test_weights_of_another_model_are_refused(

@@ -26,8 +26,8 @@ from geopose_dist.train.recipe import TrainRecipe
 
 FREE_TO_DIFFER = (
     "out", "device", "log_every", "init_from", "allow_change", "on_nonfinite", "nonfinite_limit",
-    "profile", "timeout_s", "check", "checkpoint_activations", "data.shards", "data.workers", "data.prefetch",
-    "data.on_damage", "data.damage_limit", "validation", "checkpoint",
+    "profile", "timeout_s", "check", "checkpoint_activations", "data.shards", "data.store",
+    "data.workers", "data.prefetch", "data.on_damage", "data.damage_limit", "validation", "checkpoint",
 )  # fmt: skip
 """Fields that change nothing that is computed; shards are compared by fingerprint instead of by folder."""
 
