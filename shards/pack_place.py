@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import shutil
+import socket
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from geopose_dist.errors import FinishedWithFailures, UserError
 FOLDER = ".pack"
 MAX_SMALL_BYTES = 1 << 30
 """Bookkeeping and manifests are read whole, up to this."""
-LEFT_BEHIND = re.compile(r"geopose-pack-(?P<process>\d+)-\w+")
+_LEFT_BEHIND = re.compile(r"geopose-pack-(?P<host>[\w.-]*)-(?P<process>\d+)-\w+")
 
 Row = tuple[str, str, int, int, int]
 """Key, city, offset, length and crc32 of a sample."""
@@ -166,7 +167,9 @@ class StorePlace:
         with contextlib.suppress(FileExistsError):
             parent.mkdir(parents=True, exist_ok=True)
         _sweep(parent)
-        with tempfile.TemporaryDirectory(prefix=f"geopose-pack-{os.getpid()}-", dir=parent) as folder:
+        with tempfile.TemporaryDirectory(
+            prefix=f"geopose-pack-{_host()}-{os.getpid()}-", dir=parent
+        ) as folder:
             yield Path(folder) / name
 
     def take(self, name: str, path: Path, rows: list[Row]) -> None:
@@ -189,10 +192,15 @@ class StorePlace:
         """See `Place`: they are there already."""
 
 
+def _host() -> str:
+    """Name of this machine, fit for a file name."""
+    return re.sub(r"[^\w.]", "_", socket.gethostname())
+
+
 def _sweep(parent: Path) -> None:
-    """Remove the temporary folders of packings that were killed on this machine."""
-    for path in parent.glob("geopose-pack-*"):
-        match = LEFT_BEHIND.fullmatch(path.name)
+    """Remove the temporary folders of packings that were killed on this machine; others may share the folder."""
+    for path in parent.glob(f"geopose-pack-{_host()}-*"):
+        match = _LEFT_BEHIND.fullmatch(path.name)
         if match is None or path.is_symlink() or path.stat().st_uid != os.getuid():
             continue
         try:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -67,6 +69,16 @@ def objects(url: str, store: StoreRecipe) -> dict[str, bytes]:
 def test_a_store_gets_what_a_folder_gets(dataset, tmp_path, bucket, store, capsys, monkeypatch):
     run_pack(dataset, tmp_path / "local")
     scratch = tmp_path / "scratch"
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    host = re.sub(r"[^\w.]", "_", socket.gethostname())
+    left = {
+        "of a killed packing": scratch / f"geopose-pack-{host}-{ended.pid}-abc",
+        "of one that lives": scratch / f"geopose-pack-{host}-{os.getpid()}-abc",
+        "of another machine": scratch / f"geopose-pack-{host}x-{ended.pid}-abc",
+    }
+    for folder in left.values():
+        folder.mkdir(parents=True)
     on_disk = []
     put_file = ObjectStore.put_file
 
@@ -80,7 +92,7 @@ def test_a_store_gets_what_a_folder_gets(dataset, tmp_path, bucket, store, capsy
     assert found == {name: (tmp_path / "local" / name).read_bytes() for name in hashes(tmp_path / "local")}
     # Never more than the one shard that is on its way, and nothing in the end.
     assert on_disk == [[name] for name in sorted(found) if name.endswith(".tar")]
-    assert not list(scratch.iterdir())
+    assert sorted(scratch.iterdir()) == sorted([left["of one that lives"], left["of another machine"]])
     # Again: nothing is sent but bookkeeping.
     on_disk.clear()
     run_pack(dataset, bucket, store=store, scratch=str(scratch))
