@@ -81,6 +81,9 @@ command+=(--max-restarts "${MAX_RESTARTS:-0}")
 command+=(--signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2")
 # Longer than a step and a save: torchrun kills the ranks after it (by default after 30 s).
 command+=(--shutdown-timeout "$SHUTDOWN_TIMEOUT")
+# What each rank says: on the console behind its name, and in a file of its own below the run folder.
+# shellcheck disable=SC2016 # torchrun puts the rank in, not the shell
+[ "$((NPROC * NNODES))" -gt 1 ] && command+=(--tee 3 --log-dir "$OUT/logs" --log-line-prefix-template '[rank ${rank}] ')
 command+=(-m geopose_dist train --config "${CONFIG:-smoke}")
 
 if [ -z "$shards_given" ] && [ "$NNODES" = 1 ]; then

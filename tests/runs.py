@@ -102,8 +102,8 @@ def lines(run: Path, kind: str = "metrics") -> list[dict[str, Any]]:
 
 
 def numbers(run: Path) -> list[dict[str, float]]:
-    """Metrics without what the clock decides."""
-    timed = ("tiles_per_s", "data_wait_share")
+    """Metrics without what the clock and the machine decide."""
+    timed = ("tiles_per_s", "data_wait_share", "memory_gib")
     return [{name: value for name, value in line.items() if name not in timed} for line in lines(run)]
 
 

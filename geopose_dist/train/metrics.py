@@ -7,6 +7,7 @@ waiting for the device.
 from __future__ import annotations
 
 import math
+import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,6 +75,7 @@ def write_metrics(session: Session, result: StepResult, meter: Meter, bar: Progr
     }
     if session.recipe.data.on_damage == "substitute":
         line["replaced"] = session.damage.total()
+    line["memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # the peak, from KiB
     if session.world.device.type == "cuda":
         line["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     line = {
@@ -83,6 +85,7 @@ def write_metrics(session: Session, result: StepResult, meter: Meter, bar: Progr
     if session.world.is_first:
         session.log.write("metrics", line)
         note = f"loss {value:.4g}, {line['tiles_per_s']:.3g} tiles/s, waiting {line['data_wait_share']:.0%}"
+        note += f", {line['memory_gib']:.1f} GiB"
         if "gpu_memory_gib" in line:
-            note += f", {line['gpu_memory_gib']:.1f} GiB"
+            note += f" and {line['gpu_memory_gib']:.1f} GiB of the GPU"
         bar.advance(0, note)
