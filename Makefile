@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 KERNELS := $(wildcard geopose_dist/kernels/*.pyx geopose_dist/kernels/*.pxd)
 
-.PHONY: setup demo test quick check soak bench clean
+.PHONY: setup demo test quick check soak sanitize bench clean
 
 setup: .venv/.installed .venv/.built  ## .venv with everything; quick when nothing changed
 
@@ -27,6 +27,9 @@ check: setup  ## style, types, import layers
 
 soak: setup  ## many rounds of what must never fail
 	$(BIN)/python -m pytest -m soak
+
+sanitize: setup  ## the kernels' tests under AddressSanitizer and UBSan, in a copy
+	PYTHON="$(CURDIR)/$(BIN)/python" tools/sanitize.sh
 
 bench: setup  ## each case beside its baseline, on this machine
 	$(BIN)/geopose bench --json bench.json
