@@ -24,6 +24,7 @@ from geopose_dist.data.recipe import DataRecipe
 from geopose_dist.data.sample import View
 from geopose_dist.data.store_recipe import StoreRecipe
 from geopose_dist.errors import UserError
+from geopose_dist.report import augment_panel
 
 COUNTS = [7, 7, 6]
 STEPS = 5
@@ -263,6 +264,15 @@ def test_an_evaluation_reads_a_store_too(folder: Path, web: tuple[str, Behaviour
         assert keys == [
             b.keys for b in evaluation_loader(near, recipe_of(folder, tmp_path), 0, 1, batch_size=4)
         ]
+
+
+def test_the_panel_finds_a_sample_in_a_store(web: tuple[str, Behaviour], tmp_path: Path):
+    store = recipe_of(web[0], tmp_path).store
+    assert augment_panel.find(web[0], None, store)[1] == 0
+    wanted = Reader(open_shards(web[0], "train", store)).key(13)
+    assert augment_panel.find(web[0], wanted, store)[1] == 13
+    with pytest.raises(UserError, match=f"{web[0]}: no sample 'X' in its splits train"):
+        augment_panel.find(web[0], "X", store)
 
 
 def test_order_prints_what_a_store_holds(folder: Path, web: tuple[str, Behaviour], tmp_path: Path, geopose):

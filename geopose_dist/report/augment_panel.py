@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from geopose_dist import files
 from geopose_dist.augment.recipe import AugmentRecipe
+from geopose_dist.data import urls
+from geopose_dist.data.store_recipe import StoreRecipe
 from geopose_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,14 +25,20 @@ if TYPE_CHECKING:
     from geopose_dist.data.sample import View
 
 
+PAGE = 256
+"""Keys looked at together: over a network their reads are under way at once."""
+
+
 @dataclass(frozen=True)
 class AugmentPanelRecipe:
     """Which sample, which draw, and where to put the picture."""
 
-    shards: Path
-    """Folder of shards."""
+    shards: str
+    """Folder or URL of shards."""
     out: Path
     """The picture, a PNG file."""
+    store: StoreRecipe = field(default_factory=StoreRecipe)
+    """How shards behind a URL are reached and kept."""
     key: str | None = None
     """Key of the sample; default: the first of the train split, if there is one."""
     augment: AugmentRecipe = field(default_factory=AugmentRecipe)
@@ -56,7 +64,7 @@ def run(recipe: AugmentPanelRecipe) -> None:
     from geopose_dist.augment import apply, draw
     from geopose_dist.data.samples import generator_for
 
-    reader, index = find(recipe.shards, recipe.key)
+    reader, index = find(recipe.shards, recipe.key, recipe.store)
     view = reader.view(index)
     drawn = draw(
         recipe.augment, generator_for(recipe.seed, recipe.visit, index, recipe.crop), view, recipe.crop_px
@@ -67,19 +75,24 @@ def run(recipe: AugmentPanelRecipe) -> None:
     print(json.dumps(dataclasses.asdict(drawn)))
 
 
-def find(shards: Path, key: str | None) -> tuple[Reader, int]:
+def find(shards: str, key: str | None, store: StoreRecipe) -> tuple[Reader, int]:
     """Reader of the split that holds `key`, and its row there; the first sample for None (UserError)."""
-    from geopose_dist.data.manifest import read_manifest
+    from geopose_dist.data.catalogue import read_manifest
     from geopose_dist.data.reader import Reader, open_shards
 
-    splits = sorted(read_manifest(shards).splits(), key=lambda split: split != "train")
+    splits = sorted(read_manifest(shards, store).splits(), key=lambda split: split != "train")
     for split in splits:
-        reader = Reader(open_shards(str(shards), split))
-        for index in range(len(reader)):
-            if key is None or reader.key(index) == key:
-                return reader, index
+        reader = Reader(open_shards(shards, split, store))
+        if key is None and len(reader):
+            return reader, 0
+        for first in range(0, len(reader), PAGE):
+            keys = reader.keys(range(first, min(first + PAGE, len(reader))))
+            if key in keys:
+                return reader, first + keys.index(key)
     wanted = f"no sample {key!r} in" if key else "no samples in"
-    raise UserError(f"{shards}: {wanted} its splits {', '.join(splits)}; `geopose order --shards` lists keys")
+    raise UserError(
+        f"{urls.shown(shards)}: {wanted} its splits {', '.join(splits)}; `geopose order --shards` lists keys"
+    )
 
 
 def panel(before: View, after: View, title: str) -> bytes:
