@@ -10,12 +10,12 @@ import multiprocessing
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from geopose_dist import geometry
 from geopose_dist.augment import Augmenter, AugmentRecipe, Draw, Tone, apply, draw
-from geopose_dist.data.sample import View
+from geopose_dist.data.sample import Part, View, Window
 from geopose_dist.errors import UserError
 
 POSE = {"gsd_m": 0.5, "scale_px_per_m": 0.6, "angle_rad": 0.7}
@@ -42,15 +42,16 @@ OPERATION = st.one_of(
 
 
 def measured_map(original: View, drawn: Draw):
-    """The affine that takes source (x, y) to output (x, y), measured: the source's coordinates are sent through
-    as if they were heights, and a plane is fitted to where they arrive."""
+    """float64 [3, 2], source (x, y, 1) to output (x, y), measured: the source's coordinates are sent through as if
+    they were heights, and a plane is fitted to where they arrive."""
+    drawn = dataclasses.replace(drawn, heights=None)
     planes = np.mgrid[: original.rgb.shape[0], : original.rgb.shape[1]].astype(np.float32)
     out_row, out_col = (apply(dataclasses.replace(original, agl_m=plane), drawn).agl_m for plane in planes)
     seen = np.isfinite(out_row)
     rows, cols = np.nonzero(seen)
     known = np.column_stack([out_col[seen], out_row[seen], np.ones(seen.sum())])
     fit, *_ = np.linalg.lstsq(known, np.column_stack([cols, rows]), rcond=None)
-    return fit[:2].T
+    return fit
 
 
 @quick
@@ -65,11 +66,36 @@ def test_labels_are_those_of_the_warped_flow(operations, cropped):
     drawn = Draw(operations=tuple(operations), window=(10, 20, 70, 70) if cropped else None)
     out = apply(original, drawn)
     flow = 10 * POSE["scale_px_per_m"] * np.array(geometry.direction(POSE["angle_rad"]))
-    wanted = measured_map(original, drawn) @ flow
+    wanted = flow @ measured_map(original, drawn)[:2]
     found = 10 * out.scale_px_per_m * np.array(geometry.direction(out.angle_rad))
     np.testing.assert_allclose(found, wanted, atol=0.12)
     assert out.gsd_m == pytest.approx(POSE["gsd_m"] / zoom)
     assert 0 <= out.angle_rad < 2 * math.pi
+
+
+@quick
+@given(st.lists(OPERATION, max_size=4), st.floats(1, 2), st.sampled_from([None, (4, 6, 80, 100)]))
+def test_labels_are_those_of_the_warped_flow_with_heights_raised(operations, factor, window):
+    """Every pixel of the image tells, as its colour, where its surface stands on the ground; whatever is done then, an
+    output pixel's flow is the way from it to that place on the ground of the output, and the labels must say so."""
+    zoom = math.prod(value for name, value in operations if name == "zoom")
+    if not 0.6 < zoom < 1.6:
+        operations = [operation for operation in operations if operation[0] != "zoom"]
+    # 12 m move by (6, 8) px: whole numbers, which colours can tell.
+    original = view(96, 120, scale_px_per_m=10 / 12, angle_rad=math.atan2(3, 4))
+    x, y = geometry.flow_xy(original.agl_m, original.scale_px_per_m, original.angle_rad)
+    row, col = np.mgrid[:96, :120]
+    told = np.stack([(col + x) * 2, (row + y) * 2, np.where(original.agl_m > 0, 255, 0)], axis=-1)
+    original = dataclasses.replace(original, rgb=np.rint(told).astype(np.uint8))
+    drawn = Draw(heights=factor, operations=tuple(operations), window=window)
+    out = apply(original, drawn)
+    roof = (out.rgb[..., 2] == 255) & np.isclose(out.agl_m, 12 * factor, rtol=1e-4)
+    assume(roof.sum() >= 30)
+    ground = np.column_stack([out.rgb[roof][:, :2] / 2, np.ones(roof.sum())]) @ measured_map(original, drawn)
+    rows, cols = np.nonzero(roof)
+    measured = (ground - np.column_stack([cols, rows])).mean(axis=0)
+    labelled = 12 * factor * out.scale_px_per_m * np.array(geometry.direction(out.angle_rad))
+    np.testing.assert_allclose(labelled, measured, atol=0.4)
 
 
 @pytest.mark.parametrize("count", range(6))
@@ -341,3 +367,61 @@ def test_apply_leaves_its_view_alone():
         Augmenter(AugmentRecipe("strong"), 32)(original, keyed(i))
     np.testing.assert_array_equal(original.rgb, rgb)
     np.testing.assert_array_equal(original.agl_m, agl)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"rgb": np.zeros((64, 90, 3), np.float32)},
+            r"view.rgb is float32 \[64, 90, 3\]; wanted uint8 \[H, W, 3\]",
+        ),
+        ({"rgb": np.zeros((64, 90, 4), np.uint8)}, r"view.rgb is uint8 \[64, 90, 4\]; wanted uint8"),
+        ({"rgb": None}, "view.rgb is a NoneType; wanted uint8"),
+        (
+            {"agl_m": np.zeros((64, 90))},
+            r"view.agl_m is float64 \[64, 90\]; wanted float32 \[64, 90\] as rgb",
+        ),
+        (
+            {"agl_m": np.zeros((64, 91), np.float32)},
+            r"view.agl_m is float32 \[64, 91\]; wanted float32 \[64, 90\]",
+        ),
+        ({"inside": np.ones((3, 4), bool)}, r"view.inside is bool \[3, 4\]; wanted bool \[64, 90\]"),
+        (
+            {"part": Part(Window(0, 0, 64, 80), (64, 90), 1.0)},
+            "view.part is Part.*; wanted the place of its pixels",
+        ),
+        (
+            {"part": Part(Window(1, 0, 64, 90), (64, 90), 1.0)},
+            "view.part is Part.*; wanted the place of its pixels",
+        ),
+    ],
+)
+def test_views_that_are_no_tiles_are_refused(changes, said):
+    for drawn in (Draw(), Draw(operations=(("flip_x", 1.0),))):
+        with pytest.raises(ValueError, match=said):
+            apply(dataclasses.replace(view(), **changes), drawn)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"heights": 0.9}, "heights is 0.9; wanted None or a factor from 1 to 10"),
+        ({"heights": math.nan}, "heights is nan; wanted"),
+        ({"operations": (("shear", 1.0),)}, "operations has 'shear'; wanted rotate, zoom"),
+        ({"operations": (("zoom", 0.0),)}, "operations has zoom 0.0; wanted a finite number, above 0"),
+        ({"operations": (("rotate", math.inf),)}, "operations has rotate inf"),
+        ({"window": (0, 0, 0, 5)}, r"window is \(0, 0, 0, 5\); wanted row, column and at least 1"),
+    ],
+)
+def test_draws_that_cannot_be_are_refused(fields, said):
+    with pytest.raises(ValueError, match=said):
+        Draw(**fields)
+
+
+@pytest.mark.parametrize(("missing", "said"), [("agl_m", "heights"), ("angle_rad", "pose")])
+def test_raising_what_is_not_known_is_refused(missing, said):
+    with pytest.raises(
+        ValueError, match=rf"drawn.heights is 1.5; wanted None for JAX_a, which has no {said}"
+    ):
+        apply(view(**{missing: None}), Draw(heights=1.5))
