@@ -36,7 +36,7 @@ def picture(seed: int, shape: tuple[int, int], bands: int) -> np.ndarray:
 shapes = st.tuples(st.integers(1, 70), st.integers(1, 70))
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(shape=shapes, seed=st.integers(0, 99), bands=st.sampled_from([1, 3]), data=st.data())
 def test_a_block_equals_its_twin_in_every_window(shape, seed, bands, data):
     """Widths around 16 and 32 meet the vectors' ends; `out` is a window of a larger image, whose rest stays."""
@@ -52,7 +52,7 @@ def test_a_block_equals_its_twin_in_every_window(shape, seed, bands, data):
     np.testing.assert_array_equal(found, wanted)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(shape=shapes, seed=st.integers(0, 99), bands=st.sampled_from([1, 3]), side=st.integers(1, 80))
 def test_round_trip(shape, seed, bands, side):
     pixels = picture(seed, shape, bands)

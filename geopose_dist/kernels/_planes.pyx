@@ -98,7 +98,7 @@ cdef extern from *:
         if (top == 0)
             gp_colours_from(0, planes + left, planes + plane + left, planes + 2 * plane + left, width, out);
         for (Py_ssize_t r = 1; r < top + height; r++)
-            undo(planes + r * cols, plane, cols, left, r >= top ? width : 0, out + (r - top) * stride);
+            undo(planes + r * cols, plane, cols, left, r < top ? 0 : width, r < top ? out : out + (r - top) * stride);
     }
 
     GP_INLINE uint16_t gp_signed(uint8_t low, uint8_t high) {
