@@ -61,31 +61,26 @@ def window(repeats: int) -> list[Row]:
     rows: list[Row] = []
     for side, ways in by_side.items():
         for name, way in ways.items():
-            label, beside, whole = f"{side} {name}", f"{side} {WHOLE}", f"None {name}"
-            measured, count = timing(seconds[label]), way.count
-            rows.append(
-                {
-                    "crop_px": side or "whole",
-                    "members": name,
-                    "ms": measured.median_s / count * 1e3,
-                    "spread": measured.spread,
-                    "samples_per_s": count / measured.median_s,
-                    "kb_per_tile": way.kb_per_tile,
-                    "needed_share": way.needed,
-                    "cost_share": ratio(seconds[label], seconds[whole]).median_s
-                    * by_side[None][name].count
-                    / count,
-                    "peak_mb": peaks[label] / 1e6,
-                    "baseline": WHOLE,
-                    "speedup": ratio(seconds[beside], seconds[label]).median_s,
-                    "checked": "same pixels, heights and labels",
-                    "repeats": repeats,
-                    "verdict": ""
-                    if name == WHOLE
-                    else f"crop {side or 'whole'}: {name} "
-                    f"{ratio(seconds[beside], seconds[label]).median_s:.1f} times as fast as {WHOLE}",
-                }
-            )
+            mine, crop = seconds[f"{side} {name}"], str(side or "whole")
+            measured, whole = timing(mine), by_side[None][name]
+            row: Row = {
+                "crop_px": crop,
+                "members": name,
+                "ms": measured.median_s / way.count * 1e3,
+                "spread": measured.spread,
+                "samples_per_s": way.count / measured.median_s,
+                "kb_per_tile": way.kb_per_tile,
+                "needed_share": way.needed,
+                "cost_share": ratio(mine, seconds[f"None {name}"]).median_s * whole.count / way.count,
+                "peak_mb": peaks[f"{side} {name}"] / 1e6,
+                "checked": "same pixels, heights and labels",
+                "repeats": repeats,
+            }
+            if name != WHOLE:
+                times = ratio(seconds[f"{side} {WHOLE}"], mine).median_s
+                row |= {"baseline": WHOLE, "speedup": times}
+                row["verdict"] = f"crop {crop}: {name} {times:.1f} times as fast as {WHOLE}"
+            rows.append(row)
     return rows
 
 
