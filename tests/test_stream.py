@@ -16,6 +16,7 @@ import s3_server
 from range_server import Behaviour
 from tars import write_shards
 
+from geopose_dist import cli
 from geopose_dist.data import manifest
 from geopose_dist.data.loader import LoaderFailure, evaluation_loader, train_loader, with_later
 from geopose_dist.data.plan import Plan
@@ -150,8 +151,9 @@ def test_faults_that_pass_change_nothing(
     assert acts.script == []
 
 
-@pytest.mark.parametrize("policy", ["stop", "substitute"])
-@pytest.mark.parametrize("fault", ["503", "hang", "cut"])
+@pytest.mark.parametrize(
+    ("fault", "policy"), [("503", "stop"), ("503", "substitute"), ("hang", "stop"), ("cut", "substitute")]
+)
 def test_an_outage_stops_the_run_under_any_policy(
     web: tuple[str, Behaviour], tmp_path: Path, fault: str, policy: str
 ):
@@ -275,25 +277,25 @@ def test_the_panel_finds_a_sample_in_a_store(web: tuple[str, Behaviour], tmp_pat
         augment_panel.find(web[0], "X", store)
 
 
-def test_order_prints_what_a_store_holds(folder: Path, web: tuple[str, Behaviour], tmp_path: Path, geopose):
+def test_order_prints_what_a_store_holds(
+    folder: Path, web: tuple[str, Behaviour], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     url, acts = web
-    store = ("--store.cache_dir", tmp_path)
-    near = geopose("order", "--shards", folder, "--count", 30)
-    far = geopose("order", "--shards", url, "--count", 30, *store)
-    assert (far.returncode, far.stdout, far.stderr) == (0, near.stdout, "")
+
+    def order(place: object, *words: object) -> tuple[int, str, str]:
+        cache = ("--store.cache_dir", tmp_path, "--store.backoff_s", 0.01, "--store.retries", 1)
+        code = cli.main(["order", "--shards", str(place), *map(str, (*cache, *words))])
+        return code, *capsys.readouterr()
+
+    assert order(url, "--count", 30) == order(folder, "--count", 30)
     acts.always = "503"
-    stopped = geopose(
-        "order", "--shards", url, "--count", 3, *store, "--store.retries", 1, "--store.backoff_s", 0.01
-    )
-    assert stopped.returncode == 1
-    assert stopped.stderr.startswith(
-        f"geopose order: {url}/train-000000.tar, offset 0: the store failed 2 times"
-    )
-    assert stopped.stderr.count("\n") == 1
+    code, out, err = order(url, "--count", 3)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith(f"geopose order: {url}/train-000000.tar, offset 0: the store failed 2 times")
     acts.always, acts.ranges = "ok", False
-    refused = geopose("order", "--shards", url, "--count", 3, *store)
-    assert (refused.returncode, refused.stdout) == (2, "")
-    assert "order is full" in refused.stderr
+    code, out, err = order(url, "--count", 3)
+    assert (code, out) == (2, "")
+    assert "order is full" in err
 
 
 @pytest.mark.slow
