@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from geopose_dist import geometry
 from geopose_dist.errors import UserError
 from geopose_dist.model import depthwise, heads, inputs, pretrained, weights
 from geopose_dist.model.recipe import ModelRecipe
@@ -46,7 +47,7 @@ def test_every_parameter_learns_so_that_ddp_never_waits() -> None:
         "gsd_input": True, "city_input": True, "cities": ["ARG"], "full_resolution_skip": 4,
         "direction_confidence": True,
     }  # fmt: skip
-    for changes in ({}, BENCHMARK, {"gsd_input": True}, everything):
+    for changes in ({}, BENCHMARK, {"gsd_input": True}, {"scale": "zenith"}, everything):
         net = small(**changes)
         prediction = net(
             torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8), torch.tensor([0.5, math.nan])
@@ -113,6 +114,25 @@ def test_local_encoder_weights_with_timm_names(tmp_path: Path) -> None:
     pretrained.load_encoder(net)
     for name, value in donor.unet.encoder.state_dict().items():
         assert torch.equal(value, net.unet.encoder.state_dict()[name]), name
+
+
+def test_local_encoder_weights_from_a_checkpoint_of_ours(tmp_path: Path) -> None:
+    donor = small(height="linear", decoder_channels=[32, 16, 8, 8, 8])
+    weights.save_weights(tmp_path / "model.safetensors", donor.state_dict(), donor.recipe, {})
+    net = small(weights=str(tmp_path / "model.safetensors"))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+    assert "model.safetensors" in pretrained.load_encoder(net)
+    for name, value in donor.unet.encoder.state_dict().items():
+        assert torch.equal(value, net.unet.encoder.state_dict()[name]), name
+
+
+def test_weights_of_another_encoder_are_refused(tmp_path: Path) -> None:
+    donor = small(encoder="resnet18")
+    weights.save_weights(tmp_path / "model.safetensors", donor.state_dict(), donor.recipe, {})
+    with pytest.raises(UserError, match="not weights of tu-mobilenetv3_small_050"):
+        pretrained.load_encoder(small(weights=str(tmp_path / "model.safetensors")))
 
 
 @pytest.mark.parametrize("content", [b"", b"not weights at all", b"\x80\x04\x95"])
@@ -294,7 +314,7 @@ def test_confidence_chooses_which_pixels_tell_the_direction() -> None:
     maps[:, 3, :, :16], maps[:, 3, :, 16:] = 20.0, -20.0
     deepest = torch.zeros(1, net.unet.encoder.out_channels[-1], 1, 1)
     with torch.inference_mode():
-        direction = net._heads(maps, deepest, None).direction[0]
+        direction = net._heads(maps, deepest, UNKNOWN_GSD, None).direction[0]
     assert direction.tolist() == pytest.approx([1.0, 0.0], abs=1e-6)
 
 
@@ -331,3 +351,26 @@ def test_hub_weights_that_nobody_published_are_named() -> None:
 def test_unknown_tag_of_a_known_encoder_offers_the_published_ones() -> None:
     with pytest.raises(UserError, match=r"tu-resnet18\.a1_in1k"):
         GeoposeNet(ModelRecipe(encoder="tu-resnet18.nonsense"))
+
+
+def test_zenith_scale_is_the_geometry_of_the_sensor() -> None:
+    head = heads.ZenithScale(4, start_px_per_m=0.8, typical_gsd_m=0.5, dropout=0.0).eval()
+    pooled = torch.zeros(3, 4)
+    with torch.inference_mode():
+        scale = head(pooled, torch.tensor([0.5, 1.0, math.nan])).tolist()
+    # The start, at its GSD and where it is unknown; at twice the GSD a pixel is twice as many metres.
+    assert scale == pytest.approx([0.8, 0.4, 0.8], rel=1e-5)
+    with torch.no_grad():
+        head.linear.bias.fill_(0.3)
+        answer = head(pooled[:1], torch.tensor([0.5])).item()
+    zenith = heads.MAX_ZENITH_RAD / (1 + math.exp(-0.3))
+    assert geometry.zenith_from_scale(answer, 0.5) == pytest.approx(zenith, rel=1e-5)
+
+
+def test_zenith_scale_hides_gsds_in_training_alone() -> None:
+    head = heads.ZenithScale(4, 0.8, 0.5, dropout=0.5)
+    gsd = torch.full((64,), 1.0)
+    torch.manual_seed(0)
+    hidden = int((head(torch.zeros(64, 4), gsd) > 0.6).sum())
+    assert 15 < hidden < 50
+    assert (head.eval()(torch.zeros(64, 4), gsd) < 0.6).all()

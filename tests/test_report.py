@@ -331,3 +331,11 @@ def test_a_browser_shows_the_page(made: Path, tmp_path: Path) -> None:
             check=True,
         )
         assert "<h2>Tiles</h2>" in wide.stdout
+
+
+def test_losses_that_were_not_finite_are_passed_over() -> None:
+    """A skipped step's line says null."""
+    rows = [{"step": 1, "loss": 1.25}, {"step": 2, "loss": None, "loss_agl": None, "grad_norm": None}]
+    assert "last loss 1.25" in run_page.summary(rows, [])
+    assert "last loss unknown" in run_page.summary(rows[1:], [])
+    assert "Training loss" in "".join(run_page.curves(rows, []))

@@ -13,8 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from geopose_dist import geometry
+from geopose_dist.model.inputs import shown
+
 LEAST_SQUARES_RIDGE = 1e-6
 """Keeps 0/0 of an all-flat prediction finite; the benchmark's 0.01 biased flat tiles."""
+
+
+MAX_ZENITH_RAD = 0.9
+"""52 degrees; the challenge's sensors stay within 36."""
 
 
 class Prediction(NamedTuple):
@@ -86,6 +93,39 @@ class PooledScale(nn.Module):
         """Scale [B] in px/m of pooled features [B, C]."""
         scale: Tensor = functional.softplus(self.linear(pooled))
         return scale[:, 0]
+
+
+class ZenithScale(nn.Module):
+    """A scale [B] from the camera's zenith angle z, which is predicted, and the GSD, which is known.
+
+    scale = sin z / p with the pixel across the look p = gsd sqrt(cos z) (`geometry.zenith_from_scale`). Zooming a
+    tile changes scale and GSD alike and leaves z, so the image alone has to tell one angle.
+
+    Args:
+        channels: of the deepest features.
+        start_px_per_m: what it answers before training at the GSD `typical_gsd_m`.
+        typical_gsd_m: where the learned stand-in for unknown GSDs starts.
+        dropout: probability with which the GSD is hidden from a tile in training.
+    """
+
+    def __init__(self, channels: int, start_px_per_m: float, typical_gsd_m: float, dropout: float) -> None:
+        super().__init__()
+        self.linear = nn.Linear(channels, 1)
+        self.log_gsd = nn.Parameter(torch.tensor(math.log(typical_gsd_m)))
+        self.dropout = dropout
+        zenith = min(
+            max(geometry.zenith_from_scale(start_px_per_m, typical_gsd_m), 0.01), MAX_ZENITH_RAD - 0.01
+        )
+        nn.init.zeros_(self.linear.weight)
+        nn.init.constant_(self.linear.bias, math.log(zenith / (MAX_ZENITH_RAD - zenith)))
+
+    def forward(self, pooled: Tensor, gsd_m: Tensor) -> Tensor:
+        """Scale [B] in px/m of pooled features [B, C] and GSDs [B] in metres, NaN where unknown."""
+        known = torch.isfinite(gsd_m) & shown(gsd_m, self.dropout if self.training else 0.0)
+        gsd_m = torch.where(known, gsd_m, self.log_gsd.exp())
+        zenith = MAX_ZENITH_RAD * torch.sigmoid(self.linear(pooled)[:, 0])
+        scale: Tensor = zenith.sin() / (gsd_m * zenith.cos().sqrt())
+        return scale
 
 
 class FullResolutionSkip(nn.Module):

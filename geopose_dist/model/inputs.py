@@ -42,22 +42,23 @@ class TileInputs(nn.Module):
     def forward(self, gsd_m: Tensor, city: Tensor | None) -> Tensor:
         """Vectors [B, channels]; GSD NaN, and city None or outside 0 .. cities - 1, are unknown."""
         parts = []
+        dropout = self.dropout if self.training else 0.0
         if self.gsd:
-            known = torch.isfinite(gsd_m) & self._shown(gsd_m)
+            known = torch.isfinite(gsd_m) & shown(gsd_m, dropout)
             ratio = torch.where(known, gsd_m / TYPICAL_GSD_M, 1.0).log()
             parts += [4 * ratio[:, None], known[:, None].to(ratio.dtype)]
         if self.cities:
             if city is None:
                 city = torch.full_like(gsd_m, self.cities, dtype=torch.int64)
-            known = (city >= 0) & (city < self.cities) & self._shown(gsd_m)
+            known = (city >= 0) & (city < self.cities) & shown(gsd_m, dropout)
             parts.append(self.city(torch.where(known, city, self.cities)))
         vectors: Tensor = self.out(functional.silu(self.hidden(torch.cat(parts, dim=1))))
         return vectors
 
-    def _shown(self, like: Tensor) -> Tensor:
-        if not (self.training and self.dropout > 0):
-            return torch.ones_like(like, dtype=torch.bool)
-        return torch.rand_like(like) >= self.dropout
+
+def shown(like: Tensor, dropout: float) -> Tensor:
+    """bool [B]: of which tiles an input is not hidden; nothing is drawn where `dropout` is 0."""
+    return torch.rand_like(like) >= dropout if dropout > 0 else torch.ones_like(like, dtype=torch.bool)
 
 
 def city_numbers(known: Sequence[str], names: Sequence[str | None]) -> Tensor:

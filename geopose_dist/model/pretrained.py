@@ -79,8 +79,14 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def _fit_names(encoder: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Accept timm's bare names for smp's `model.`-prefixed encoders; classifier tensors are left out."""
+    """Accept timm's bare names for smp's `model.`-prefixed encoders, and a whole network of ours for its encoder.
+
+    Classifier tensors are left out.
+    """
     wanted = encoder.state_dict()
+    ours = "unet.encoder."
+    if any(name.startswith(ours) for name in state):
+        state = {name.removeprefix(ours): value for name, value in state.items() if name.startswith(ours)}
     if not any(name in wanted for name in state) and any(f"model.{name}" in wanted for name in state):
         state = {f"model.{name}": value for name, value in state.items()}
     return {name: value for name, value in state.items() if name in wanted}

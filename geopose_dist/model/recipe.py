@@ -34,9 +34,10 @@ class ModelRecipe:
     direction: Literal["edges", "pooled"] = "edges"
     """Direction: a vector per pixel, averaged where the predicted height changes (roof and facade edges
     know the lean), or a linear map of the pooled deepest features (benchmark)."""
-    scale: Literal["least_squares", "pooled"] = "pooled"
-    """Scale: least squares of magnitude on height (benchmark; needs magnitude: separate), or a positive
-    number from the pooled deepest features."""
+    scale: Literal["least_squares", "pooled", "zenith"] = "pooled"
+    """Scale: least squares of magnitude on height (benchmark; needs magnitude: separate), a positive number from
+    the pooled deepest features, or zenith: the camera's angle from the vertical is predicted from them, and
+    the tile's GSD makes it a scale (a typical GSD is learned for tiles without one)."""
     scale_mean_px_per_m: float | None = None
     """Scale that an untrained pooled head answers with; unset: the training tiles' mean."""
     dropout: float = 0.0

@@ -18,7 +18,7 @@ from torch.nn import functional
 from geopose_dist.errors import UserError
 from geopose_dist.model import heads
 from geopose_dist.model.heads import Prediction
-from geopose_dist.model.inputs import TileInputs
+from geopose_dist.model.inputs import TYPICAL_GSD_M, TileInputs
 from geopose_dist.model.recipe import ModelRecipe
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -48,8 +48,11 @@ class GeoposeNet(nn.Module):
         deepest = self.unet.encoder.out_channels[-1]
         if recipe.direction == "pooled":
             self.direction = nn.Linear(deepest, 2)
+        start = recipe.scale_mean_px_per_m or 0.5
         if recipe.scale == "pooled":
-            self.scale = heads.PooledScale(deepest, recipe.scale_mean_px_per_m or 0.5)
+            self.scale: heads.PooledScale | heads.ZenithScale = heads.PooledScale(deepest, start)
+        if recipe.scale == "zenith":
+            self.scale = heads.ZenithScale(deepest, start, TYPICAL_GSD_M, recipe.input_dropout)
         if recipe.full_resolution_skip:
             width = recipe.decoder_channels[-1]
             self.full_resolution = heads.FullResolutionSkip(recipe.full_resolution_skip, width)
@@ -59,12 +62,12 @@ class GeoposeNet(nn.Module):
                 deepest, gsd=recipe.gsd_input, cities=cities, dropout=recipe.input_dropout
             )
         if recipe.height == "softplus":
-            start = self.unet.segmentation_head[0].bias
+            bias = self.unet.segmentation_head[0].bias
             mean_m = recipe.height_mean_m or 4.0
             with torch.no_grad():
-                start[0] = heads.inverse_softplus(mean_m / self.height_unit_m)
+                bias[0] = heads.inverse_softplus(mean_m / self.height_unit_m)
                 if recipe.magnitude == "separate":
-                    start[1] = mean_m * (recipe.scale_mean_px_per_m or 0.5)
+                    bias[1] = mean_m * start
 
     def forward(
         self, rgb_u8: Tensor, gsd_m: Tensor, inside: Tensor | None = None, city: Tensor | None = None
@@ -88,9 +91,9 @@ class GeoposeNet(nn.Module):
             decoded = self.full_resolution(image, decoded)
         maps = self.unet.segmentation_head(decoded)
         with torch.autocast(rgb_u8.device.type, enabled=False):
-            return self._heads(maps.float(), features[-1].float(), inside)
+            return self._heads(maps.float(), features[-1].float(), gsd_m, inside)
 
-    def _heads(self, maps: Tensor, deepest: Tensor, inside: Tensor | None) -> Prediction:
+    def _heads(self, maps: Tensor, deepest: Tensor, gsd_m: Tensor, inside: Tensor | None) -> Prediction:
         recipe = self.recipe
         parts = list(torch.split(maps, self.map_channels(), dim=1))
         agl_m = parts.pop(0)
@@ -109,6 +112,8 @@ class GeoposeNet(nn.Module):
             direction = (direction_map * weight).sum(dim=(2, 3))
         if recipe.scale == "pooled":
             scale = self.scale(pooled)
+        elif recipe.scale == "zenith":
+            scale = self.scale(pooled, gsd_m)
         else:
             assert magnitude_px is not None
             scale = heads.least_squares_scale(agl_m, magnitude_px, inside, heads.LEAST_SQUARES_RIDGE)

@@ -152,8 +152,9 @@ def summary(metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[s
     waits = sorted(
         row["data_wait_share"] for row in metrics if isinstance(row.get("data_wait_share"), int | float)
     )
-    loss = last.get("loss", float("nan"))
-    said = [f"{last['step']} steps, {last.get('epoch', 0):.3g} epochs, last loss {loss:.4g}"]
+    losses = [row["loss"] for row in metrics if isinstance(row.get("loss"), int | float)]  # null: not finite
+    told = f"{losses[-1]:.4g}" if losses else "unknown"
+    said = [f"{last['step']} steps, {last.get('epoch', 0):.3g} epochs, last loss {told}"]
     if rates:
         said.append(f"{rates[len(rates) // 2]:.3g} tiles/s (median over logged steps)")
     if waits:

@@ -209,7 +209,8 @@ def facts_of(shards: ShardSet, model: ModelRecipe) -> dict[str, Any]:
     """What prediction must share with training, for the checkpoint."""
     few = range(0, len(shards), max(1, len(shards) // GSD_SAMPLES))
     return {
-        "gsd_known": model.gsd_input and any(Reader(shards).facts(i).gsd_m is not None for i in few),
+        "gsd_known": (model.gsd_input or model.scale == "zenith")
+        and any(Reader(shards).facts(i).gsd_m is not None for i in few),
         "reduction": int(shards.manifest.recipe.get("reduce", 1)),
         "reduce_by": str(shards.manifest.recipe.get("reduce_by", "area")),
         "cities": shards.manifest.cities,
