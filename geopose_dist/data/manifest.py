@@ -125,7 +125,8 @@ class ShardSet:
 
     def fingerprint(self) -> str:
         """A short name for exactly these samples in exactly this order: what resuming must agree on."""
-        digest = hashlib.sha256(np.ascontiguousarray(self.index).view(np.uint8).data)  # no copy of what is mapped
+        rows = np.ascontiguousarray(self.index).view(np.uint8)  # no copy of what is mapped
+        digest = hashlib.sha256(rows.data)
         for shard in self.manifest.shards:
             if shard.split == self.split:
                 digest.update(f"{shard.name} {shard.sha256}\n".encode())

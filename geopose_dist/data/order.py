@@ -22,7 +22,16 @@ from geopose_dist.errors import UserError
 PAGE = 4096
 """Positions computed at a time."""
 
-FROM_TRAINING = ("shards", "store", "train_split", "samples", "order", "city_weights", "global_batch", "micro_batch")
+FROM_TRAINING = (
+    "shards",
+    "store",
+    "train_split",
+    "samples",
+    "order",
+    "city_weights",
+    "global_batch",
+    "micro_batch",
+)
 TRAINING_ONLY = {"data", "model", "augment", "length", "optim", "precision", "out"}
 """Any of these at the top of a file shows that it is a training recipe."""
 
