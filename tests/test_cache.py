@@ -7,6 +7,10 @@ import errno
 import hashlib
 import multiprocessing
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -202,6 +206,34 @@ def test_a_whole_shard_is_checked_by_its_sha256(web: tuple[str, Behaviour], tmp_
     with pytest.raises(UserError, match=r"no room for a shard of .* raise store\.cache_gb"):
         ShardCache(tmp_path / "small", "set", size - 1).whole("train-000002.tar", store, size, sha256)
     assert not list(tmp_path.glob("*/set/whole/*"))
+
+
+FETCH = """
+import sys
+from pathlib import Path
+from geopose_dist.data.cache import ShardCache
+from geopose_dist.data.stores import open_store
+folder, url, size, sha256 = sys.argv[1:]
+ShardCache(Path(folder), "set", 10**9).whole("train-000000.tar", open_store(url), int(size), sha256)
+"""
+
+
+@pytest.mark.slow
+def test_who_is_killed_while_fetching_leaves_nothing_in_the_way(web: tuple[str, Behaviour], tmp_path: Path):
+    url, acts = web
+    size, sha256 = facts(tmp_path / "www" / "x", "train-000000.tar")
+    acts.script = ["slow"]
+    command = [sys.executable, "-c", FETCH, str(tmp_path / "cache"), url, str(size), sha256]
+    with subprocess.Popen(command) as process:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("cache/set/whole/.*")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    assert list(tmp_path.glob("cache/set/whole/.*"))
+    kept = ShardCache(tmp_path / "cache", "set", size + 4096)  # no room for what was left beside it
+    path = kept.whole("train-000000.tar", open_store(url), size, sha256)
+    assert [found.name for found in path.parent.iterdir()] == ["train-000000.tar"]
+    assert path.stat().st_size == size
 
 
 def test_a_damaged_whole_shard_is_fetched_again(web: tuple[str, Behaviour], tmp_path: Path):

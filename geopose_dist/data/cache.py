@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import os
 import shutil
@@ -137,6 +138,8 @@ class ShardCache:
         _cut(self.folder / "whole" / name)
 
     def _fetch(self, path: Path, name: str, store: Store, size: int, sha256: str) -> None:
+        for left in path.parent.glob(f".{glob.escape(name)}.*"):
+            left.unlink()  # by who was killed while fetching it: this process alone may fetch it now
         temporary = path.with_name(f".{name}.{os.getpid()}.{threading.get_ident()}")
         try:
             self._reserve(temporary, size)
