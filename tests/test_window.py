@@ -386,3 +386,20 @@ def test_augment_shows_samples_of_tiled_members(packed: dict[str, Path], tmp_pat
     drawn = draw(AugmentRecipe(), generator_for(0, 0, 2), reader.view(2), 64)
     assert Draw.from_json(json.loads(capsys.readouterr().out)) == drawn
     assert (tmp_path / "panel.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_the_bench_compares_what_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both cases on small tiles: every way gives the baseline's samples, or the case itself fails."""
+    from geopose_dist.bench import cases_window
+
+    for name, value in (("TILE_PX", 192), ("CROPS_PX", (64,)), ("VISITS", 2)):
+        monkeypatch.setattr(cases_window, name, value)
+    rows = cases_window.window(1)
+    assert [row["crop_px"] for row in rows] == ["64"] * 4 + ["whole"] * 4
+    assert all(row["needed_share"] < 0.4 for row in rows[:4])
+    assert all(row["cost_share"] == pytest.approx(1) for row in rows[4:])
+    assert ["speedup" in row for row in rows[:4]] == [False, True, True, True]
+    rows = cases_window.members(1)
+    assert {row["kind"] for row in rows} == {"rgb", "agl"}
+    assert min(row["kb_per_tile"] for row in rows) > 1

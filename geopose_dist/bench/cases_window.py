@@ -222,7 +222,7 @@ def _members(kind: str, images: list[Pixels], repeats: int) -> list[Row]:
         }
         row |= {
             "repeats": repeats,
-            "verdict": f"{kind} {name}: a crop of {CROPS_PX[0]} px in {row['ms_512']:.1f} ms",
+            "verdict": f"{kind} {name}: a crop of {CROPS_PX[0]} px in {row[f'ms_{CROPS_PX[0]}']:.1f} ms",
         }
         rows.append(row)
     return rows

@@ -1,9 +1,10 @@
 """TIFF members: heights in one strip, or images in tiles of which a window decodes only those that it touches.
 
 A tiled member is a standard TIFF (TIFF 6.0 section 15): 256 x 256 pixels a tile, each row's differences (predictor
-2) packed by zstd (compression 50000, which GDAL, libtiff, Pillow and tifffile know), as it decodes in a third of the
-time of deflate. Nothing that the file claims is believed: pixels and the number of tiles must agree, every tile must
-lie in the file, and a tile that does not hold exactly its pixels is refused. Other TIFFs are decoded whole by tifffile.
+2) packed by zstd (compression 50000, which GDAL, libtiff, Pillow and tifffile know), as it decodes colours in less than
+half the time of deflate. Nothing that the file claims is believed: pixels and the number of tiles must agree, every
+tile must lie in the file, and a tile that does not hold exactly its pixels is refused. Other TIFFs tifffile decodes
+whole.
 """
 
 from __future__ import annotations
