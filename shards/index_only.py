@@ -73,7 +73,7 @@ def run(recipe: PackRecipe) -> None:
     if problems:
         raise FoundProblems(f"{urls.shown(tars_at)}: {len(problems)} problems; nothing is written:", problems)
     planned = [PlannedShard(name, split, ()) for split, name in shards]
-    pack_write.write_manifest(place, about, planned, records)
+    pack_write.write_manifest(place, about, planned, [record.stored() for record in records])
     print(
         f"pack: indexed {sum(len(r.rows) for r in records)} samples in {len(shards)} shards", file=sys.stderr
     )

@@ -190,7 +190,7 @@ def _finish(recipe: PackRecipe, state: State, shards: list[PlannedShard]) -> boo
     state.publish(shards)
     pack_write.write_manifest(state.place, recipe.about(), shards, whole)
     print(
-        f"pack: {sum(len(r.rows) for r in whole)} tiles in {len(shards)} shards in {urls.shown(recipe.out)}",
+        f"pack: {sum(len(r.table) for r in whole)} tiles in {len(shards)} shards in {urls.shown(recipe.out)}",
         file=sys.stderr,
     )
     return True

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from geopose_dist.data import manifest
 from geopose_dist.errors import UserError
 from shards.layouts import Tile
@@ -48,6 +50,31 @@ class Record:
     bytes: int
     sha256: str
     rows: list[Row]
+    tallies: dict[str, Tally]
+
+    def stored(self) -> Stored:
+        """What the manifest needs of it."""
+        cities = tuple(dict.fromkeys(city for _, city, *_ in self.rows))
+        table = np.array(
+            [(0, cities.index(city), *span) for _, city, *span in self.rows], manifest.INDEX_DTYPE
+        )
+        return Stored(self.bytes, self.sha256, cities, table, self.tallies)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A record without its keys, in the 22 bytes per sample that the index has: all of them are held at once.
+
+    Attributes:
+        bytes, sha256, tallies: as in `Record`.
+        cities: names that the table numbers.
+        table: rows of the index [n], their shard not filled in.
+    """
+
+    bytes: int
+    sha256: str
+    cities: tuple[str, ...]
+    table: manifest.Index
     tallies: dict[str, Tally]
 
 
@@ -133,24 +160,23 @@ class State:
         parts = [self._recipe, shard.name, shard.split, *map(self.signature, shard.tiles)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
-    def records(self, shards: list[PlannedShard], *, check_bytes: bool) -> list[Record | None]:
+    def records(self, shards: list[PlannedShard], *, check_bytes: bool) -> list[Stored | None]:
         """The records of the shards that are whole and still what is wanted, and None for the others.
 
         `check_bytes` hashes the shards that lie on a disk; of those in a store, sizes are compared.
         """
         sizes, noted = self.place.sizes(), set(self._record_names())
+
+        def look(shard: PlannedShard) -> Stored | None:
+            text = self._read_record(shard.name) if shard.name in noted else None
+            return self._judged(shard, text, sizes.get(shard.name), check_bytes)
+
         with ThreadPoolExecutor(READS_AT_ONCE) as executor:  # a store answers in tens of milliseconds
-            texts = list(
-                executor.map(lambda s: self._read_record(s.name) if s.name in noted else None, shards)
-            )
-        return [
-            self._judged(shard, text, sizes.get(shard.name), check_bytes)
-            for shard, text in zip(shards, texts, strict=True)
-        ]
+            return list(executor.map(look, shards))
 
     def _judged(
         self, shard: PlannedShard, text: bytes | None, size: int | None, check_bytes: bool
-    ) -> Record | None:
+    ) -> Stored | None:
         facts = json.loads(text) if text is not None else None
         if facts is None or facts["fingerprint"] != self.fingerprint(shard) or facts["bytes"] != size:
             return None
@@ -158,7 +184,7 @@ class State:
             tar = self.place.path(shard.name)
             if tar is None or sha256_of(tar) != facts["sha256"]:
                 return None
-        return record_of(facts)
+        return record_of(facts).stored()
 
     def _read_record(self, name: str) -> bytes | None:
         return self.place.read(f"{FOLDER}/records/{name}.json")

@@ -16,7 +16,7 @@ from shards import tars
 from shards.encode import Damaged, Job, Sample, encode
 from shards.pack_place import Place
 from shards.pack_plan import PlannedShard
-from shards.pack_state import Record, keep
+from shards.pack_state import Record, Stored, keep
 from shards.tallies import Tally, statistics
 
 
@@ -75,26 +75,30 @@ def write_shard(
 
 
 def write_manifest(
-    place: Place, about: dict[str, Any], shards: list[PlannedShard], records: list[Record]
+    place: Place, about: dict[str, Any], shards: list[PlannedShard], records: list[Stored]
 ) -> None:
     """Write `index.npy`, then `manifest.json`, of finished shards, given in the manifest's order."""
-    cities = sorted({row[1] for record in records for row in record.rows})
-    rows = [
-        (number, cities.index(city), offset, length, crc)
-        for number, record in enumerate(records)
-        for _, city, offset, length, crc in record.rows
-    ]
+    cities = sorted({city for record in records for city in record.cities})
+    index = np.empty(sum(len(record.table) for record in records), manifest.INDEX_DTYPE)
+    first = 0
+    for number, record in enumerate(records):
+        rows = index[first : first + len(record.table)]
+        rows[:] = record.table
+        rows["shard"] = number
+        if record.cities:
+            rows["city"] = np.array([cities.index(city) for city in record.cities])[record.table["city"]]
+        first += len(rows)
     summary = statistics(
         (shard.split, city, tally)
         for shard, record in zip(shards, records, strict=True)
         for city, tally in record.tallies.items()
     )
     listed = [
-        manifest.Shard(shard.name, shard.split, len(record.rows), record.bytes, record.sha256)
+        manifest.Shard(shard.name, shard.split, len(record.table), record.bytes, record.sha256)
         for shard, record in zip(shards, records, strict=True)
     ]
     facts = manifest.Manifest(listed, cities, summary, about)
-    index = io.BytesIO()
-    np.save(index, np.array(rows, dtype=manifest.INDEX_DTYPE), allow_pickle=False)
-    place.write(manifest.INDEX_NAME, index.getvalue())
+    buffer = io.BytesIO()
+    np.save(buffer, index, allow_pickle=False)
+    place.write(manifest.INDEX_NAME, buffer.getvalue())
     place.write(manifest.MANIFEST_NAME, facts.to_json())  # last: without it the packing is unfinished

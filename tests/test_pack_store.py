@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -23,6 +24,7 @@ from packs import hashes, run_pack, spoil
 from tars import tile, write_shards
 from tiles import make_dataset
 
+from geopose_dist import pool
 from geopose_dist.data import resample, stores
 from geopose_dist.data.object_store import ObjectStore
 from geopose_dist.data.reader import Reader, open_shards
@@ -118,7 +120,7 @@ def test_verify_looks_at_objects(dataset, tmp_path, bucket, store, capsys):
     client.put_bytes("train-000009.tar", b"")
     client.delete("test-000000.tar")
     with pytest.raises(FinishedWithFailures) as caught:
-        verify.run(verify.VerifyRecipe(bucket, workers=2, store=store))
+        verify.run(verify.VerifyRecipe(bucket, workers=1, store=store))
     said = str(caught.value)
     for sentence in (
         f"{bucket}/test-000000.tar: missing (2 samples)",
@@ -158,6 +160,21 @@ def test_machines_that_share_nothing_but_the_bucket(dataset, tmp_path, bucket, s
     run_pack(dataset, tmp_path / "fresh")
     assert objects(bucket, store) == {
         name: (tmp_path / "fresh" / name).read_bytes() for name in hashes(tmp_path / "fresh")
+    }
+
+
+def test_tasks_of_a_cluster_write_to_the_store_themselves(dataset, tmp_path, bucket, store, monkeypatch):
+    """Ray carries jobs by pickle: here, too, and each is done by somebody who has nothing but the job."""
+
+    def ray_map(function, items, *, address, workers):
+        for item in items:
+            yield pickle.loads(pickle.dumps(function))(pickle.loads(pickle.dumps(item)))
+
+    monkeypatch.setattr(pool, "ray_map", ray_map)
+    run_pack(dataset, tmp_path / "local")
+    run_pack(dataset, bucket, store=store, ray_address="auto")
+    assert objects(bucket, store) == {
+        name: (tmp_path / "local" / name).read_bytes() for name in hashes(tmp_path / "local")
     }
 
 
@@ -237,7 +254,9 @@ def test_foreign_shards_are_indexed_in_their_store_or_from_it(tmp_path, bucket, 
     client = stores.open_store(bucket, store)
     for path in (tmp_path / "tars").glob("*.tar"):
         client.put_file(path.name, path)
-    index_only.run(PackRecipe(source=bucket, out=str(tmp_path / "index"), index_only=True, store=store))
+    index_only.run(
+        PackRecipe(source=bucket, out=str(tmp_path / "index"), index_only=True, store=store, workers=1)
+    )
     assert client.size("manifest.json") is None
     assert sorted(p.name for p in (tmp_path / "index").iterdir()) == ["index.npy", "manifest.json"]
     reader = Reader(open_shards(str(tmp_path / "index"), "train", store))
@@ -249,7 +268,7 @@ def test_foreign_shards_are_indexed_in_their_store_or_from_it(tmp_path, bucket, 
     with pytest.raises(UserError, match="only a URL may be named by --source"):
         index_only.run(PackRecipe(source=str(tmp_path / "tars"), out=str(tmp_path / "i"), index_only=True))
     with pytest.raises(UserError, match=r"empty: no \*.tar in it"):
-        index_only.run(PackRecipe(out=f"{bucket}/empty", index_only=True, store=store))
+        index_only.run(PackRecipe(out=f"{bucket}/empty", index_only=True, store=store, workers=1))
 
 
 def test_foreign_shards_of_a_web_server_are_named_by_braces(tmp_path):
