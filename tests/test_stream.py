@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ def stamp(view: View, generator: np.random.Generator) -> View:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("store") / "x"
     write_shards(place, COUNTS, (24, 24))
+    (place.parent / "xyz").symlink_to(place)
     return place
 
 
@@ -378,3 +380,34 @@ def test_each_batch_is_told_the_next_of_its_worker(turn: int):
     pairs = list(with_later([[n] for n in range(5)], turn))
     assert [batch for batch, _ in pairs] == [[n] for n in range(5)]
     assert [later for _, later in pairs] == [[n + turn] if turn and n + turn < 5 else [] for n in range(5)]
+
+
+def _resident_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+@pytest.mark.parametrize("kind", ["http", "s3"])
+@pytest.mark.parametrize(
+    "rounds",
+    [pytest.param(75, marks=pytest.mark.slow), pytest.param(500, marks=pytest.mark.soak)],  # of 20 samples
+)
+def test_memory_is_flat_however_much_is_read(
+    web: tuple[str, Behaviour], tmp_path: Path, kind: str, rounds: int
+):
+    url, acts = web
+    place = url if kind == "http" else "s3://xyz"  # the shortest name that a bucket may have
+    store = StoreRecipe(endpoint=url.removesuffix("/x"), anonymous=True, cache_dir=str(tmp_path), cache_gb=0)
+    reader = Reader(open_shards(place, "train", store))
+
+    def read(times: int) -> None:
+        for _ in range(times):
+            reader.prefetch(range(20))
+            for index in range(20):
+                reader.raw(index)
+            acts.asked.clear()
+
+    read(25)
+    before = _resident_mb()
+    read(rounds)
+    assert _resident_mb() - before < 8
