@@ -224,6 +224,11 @@ def test_every_codec_gives_the_window_of_its_tile(codec: str) -> None:
         assert part.size == whole.size
         assert part.tallest_m == whole.tallest_m
     assert packed.view(Window(0, 0, 300, 290)).part is None
+    for outside in (Window(-1, 0, 5, 5), Window(0, 280, 5, 11), Window(4, 4, 0, 5)):
+        with pytest.raises(
+            ValueError, match=r"window is Window\(.*; wanted a part of the tile of \(300, 290\)"
+        ):
+            packed.view(outside)
 
 
 def test_heights_above_what_the_facts_tell_are_refused() -> None:
@@ -370,11 +375,14 @@ def test_any_reader_opens_tiled_members(packed: dict[str, Path]) -> None:
     assert len(samples) == 6
 
 
-def test_packing_tells_the_tallest_height(packed: dict[str, Path]) -> None:
+def test_whole_tiles_are_the_same_and_packing_tells_the_tallest_height(packed: dict[str, Path]) -> None:
+    """What validation and prediction read."""
+    qoi = Reader(open_shards(str(packed["qoi"]), "train"))
     for folder in packed.values():
         reader = Reader(open_shards(str(folder), "train"))
         for index in range(len(reader)):
             facts, view = reader.facts(index), reader.view(index)
+            assert_same(view, qoi.view(index))
             assert facts.tallest_m == float(np.nanmax(view.agl_m))
             assert facts.unknown_px == int(np.isnan(view.agl_m).sum()) > 0
 

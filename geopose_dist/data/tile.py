@@ -77,6 +77,10 @@ class Tile:
     def view(self, window: Window | None = None) -> View:
         """The decoded sample, or a window of it; heights in metres, NaN where unknown (UserError)."""
         facts, part = self.facts, None
+        if window is not None:
+            stops = window.row + window.rows, window.col + window.cols
+            if min(window) < 0 or min(window[2:]) < 1 or stops[0] > facts.size[0] or stops[1] > facts.size[1]:
+                raise ValueError(f"window is {window}; wanted a part of the tile of {facts.size}")
         if window is not None and window != (0, 0, *facts.size):
             part = Part(window, facts.size, self.outline.tallest_m)
         return View(
