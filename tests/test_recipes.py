@@ -243,6 +243,13 @@ def augmentation(shards: Path, tmp_path: Path) -> None:
         assert all(np.array_equal(rgb, plain) for rgb in batch.rgb.numpy()) == same
 
 
+def augmentation_on_the_device(shards: Path, tmp_path: Path) -> None:
+    """The same numbers as by the loader; noise is left out, which comes from the device's own generator."""
+    options = ("--length=2 steps", "--augment.preset=benchmark", "--augment.noise=0", "--data.crop-px=64")
+    by_loader = runs.numbers(run_of(shards, tmp_path / "loader", *options))
+    assert runs.numbers(run_of(shards, tmp_path / "device", *options, "--augment.where=device")) == by_loader
+
+
 def packed_view(folder: Path, out: Path) -> np.ndarray:
     pack(PackRecipe(source=str(folder), out=str(out), reduce=1))
     opened = open_split(out, "train")
@@ -313,12 +320,13 @@ CHECKS: dict[str, Callable[[Path, Path], None]] = {
     "validation period": validation_period,
     "checkpoint folder, newest checkpoint by default": checkpoint_folder_and_newest,
     "augmentation on or off": augmentation,
+    "augmentation by the loader alone": augmentation_on_the_device,
     "units (cm or m), RGB suffix, no-data placeholder": units_suffix_and_no_data,
     "train/validation/test folders": folders,
     "downsampling by 2": downsampling,
     "GPUs": gpus,
 }
-SLOW = ("GPUs", "workers", "save best", "checkpoint folder, newest checkpoint by default", "save period",
+SLOW = ("GPUs", "augmentation by the loader alone", "workers", "save best", "checkpoint folder, newest checkpoint by default", "save period",
         "validation period", "train/validation/test folders", "backbone", "batch size")  # fmt: skip
 
 
