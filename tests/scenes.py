@@ -86,3 +86,21 @@ def write_scene(path: Path, rgb: np.ndarray, **profile: Any) -> Path:
     ):
         file.write(rgb.transpose(2, 0, 1))
     return path
+
+
+def write_large_scene(path: Path, side: int) -> None:
+    """`side` x `side` pixels of repeated patches, written strip by strip."""
+    import rasterio
+
+    patch = pixels(512, 2048)
+    strip = np.tile(patch, (1, side // 2048 + 1, 1))[:, :side].transpose(2, 0, 1)
+    facts: dict[str, Any] = {"tiled": True, "blockxsize": 512, "blockysize": 512, "photometric": "rgb"}
+    place = rasterio.Affine(0.5, 0, 436000, 0, -0.5, 3355000)
+    with rasterio.open(
+        path, "w", driver="GTiff", width=side, height=side, count=3, dtype="uint8", crs="EPSG:32617", transform=place,
+        **facts,
+    ) as file:  # fmt: skip
+        for row in range(0, side, 512):
+            rows = min(512, side - row)
+            rolled = np.roll(strip, row, axis=2)[:, :rows]
+            file.write(rolled, window=rasterio.windows.Window(0, row, side, rows))
