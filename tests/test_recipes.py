@@ -326,8 +326,10 @@ CHECKS: dict[str, Callable[[Path, Path], None]] = {
     "downsampling by 2": downsampling,
     "GPUs": gpus,
 }
-SLOW = ("GPUs", "augmentation by the loader alone", "workers", "save best", "checkpoint folder, newest checkpoint by default", "save period",
-        "validation period", "train/validation/test folders", "backbone", "batch size")  # fmt: skip
+SLOW = {
+    "GPUs", "augmentation by the loader alone", "workers", "save best", "save period", "validation period",
+    "checkpoint folder, newest checkpoint by default", "train/validation/test folders", "backbone", "batch size",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
