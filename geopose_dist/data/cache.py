@@ -28,6 +28,7 @@ from geopose_dist.errors import UserError
 
 STEP_BYTES = 16 << 20
 """Written by a process between two looks at what all hold: the limit may be exceeded by this per process."""
+PARTS = ("samples", "whole", "locks")
 LOOK_AGAIN_S = 30.0
 """A full cache is looked at again after this time."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -208,9 +209,12 @@ def _receive(store: Store, name: str, path: Path, size: int) -> str:
 
 def bytes_held(root: Path) -> int:
     """What all data sets of a cache take on the disk; their manifests and indices are not counted."""
-    return sum(
-        _held(Path(entry)) for part in root.glob("*/*/") if part.name != "locks" for entry in os.scandir(part)
-    )
+    total = 0
+    for part in root.glob("*/*/"):
+        if part.name != "locks":
+            with contextlib.suppress(FileNotFoundError):  # thrown out meanwhile
+                total += sum(_held(Path(entry)) for entry in os.scandir(part))
+    return total
 
 
 def _held(path: Path) -> int:
@@ -236,32 +240,35 @@ def _cut(path: Path) -> None:
 
 
 def _throw_out(folder: Path) -> int:
-    """Remove a data set that nobody has open; the bytes that this freed."""
+    """Remove the samples and shards of a data set that nobody has open; the bytes that this freed.
+
+    Manifest and index stay: they are small, and a run without a cache of samples may have them mapped.
+    """
     used = _open_lock(folder / "used")
     try:
         fcntl.flock(used, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return 0
     else:
-        freed = sum(_held(Path(entry)) for part in folder.glob("*/") for entry in os.scandir(part))
-        shutil.rmtree(folder)
+        freed = 0
+        for part in PARTS:
+            with contextlib.suppress(FileNotFoundError):
+                freed += sum(_held(Path(entry)) for entry in os.scandir(folder / part))
+                shutil.rmtree(folder / part)
         return freed
     finally:
         os.close(used)
 
 
 def _hold(folder: Path) -> int:
-    """Make the folder of a data set; while the descriptor is open nobody throws it out."""
-    while True:
-        for part in ("samples", "whole", "locks"):
-            (folder / part).mkdir(parents=True, exist_ok=True, mode=0o700)
-        used = _open_lock(folder / "used")
-        fcntl.flock(used, fcntl.LOCK_SH)
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(used), os.stat(folder / "used")):
-                os.utime(used)
-                return used
-        os.close(used)  # thrown out between the two: make it again
+    """Make the folder of a data set; while the descriptor is open nobody throws out what is in it."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    used = _open_lock(folder / "used")
+    fcntl.flock(used, fcntl.LOCK_SH)
+    for part in PARTS:
+        (folder / part).mkdir(exist_ok=True, mode=0o700)
+    os.utime(used)
+    return used
 
 
 def _open_lock(path: Path) -> int:
