@@ -242,6 +242,29 @@ def test_metrics_of_a_skipped_step_are_null(
     assert all(torch.isfinite(v.float()).all() for v in runs.final_weights(tmp_path / "run").values())
 
 
+def test_a_stopped_run_goes_on_under_skip(
+    train_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the message says; the change needs no permission, and checkpoints hold only steps that were applied."""
+    numerators, calls = loss.numerators, [0]
+
+    def third_is_poisoned(*arguments: Any) -> Tensor:
+        calls[0] += 1
+        found: Tensor = numerators(*arguments)
+        return found * torch.nan if calls[0] == 3 else found
+
+    monkeypatch.setattr(loss, "numerators", third_is_poisoned)
+    run, options = (
+        tmp_path / "run",
+        (*TWO, "--length=4 steps", "--checkpoint.every-steps=1", "--checkpoint.keep=9"),
+    )
+    assert runs.train(train_shards, run, *options) == 1
+    assert "go on with --on-nonfinite skip" in capsys.readouterr().err
+    assert sorted(p.name for p in (run / "checkpoints").glob("step-*")) == ["step-00000001", "step-00000002"]
+    assert runs.train(train_shards, run, *options, "--on-nonfinite=skip") == 0
+    assert [line["step"] for line in runs.lines(run)] == [1, 2, 3, 4]
+
+
 @pytest.mark.slow
 def test_all_ranks_stop_at_the_same_step_and_keep_their_own_batch(train_shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
