@@ -37,7 +37,9 @@ class Live(TorchDispatchMode):
         return sum(nbytes for storage, nbytes in self.held.values() if storage() is not None)
 
 
-@pytest.mark.parametrize("encoder", ["tu-mobilenetv3_small_050", "resnet18"])
+@pytest.mark.parametrize(
+    "encoder", ["tu-mobilenetv3_small_050", pytest.param("resnet18", marks=pytest.mark.slow)]
+)
 def test_blocks_computed_twice_change_no_number(train_shards: Path, encoder: str) -> None:
     """Gradients, running buffers and the loss, bit for bit, with dropout and drop-path on."""
     results = []

@@ -180,8 +180,8 @@ class TrainRecipe:
     compile: Literal["off", "default", "max-autotune"] = "off"
     """torch.compile mode of the network."""
     checkpoint_activations: bool = False
-    """Compute blocks again in the backward pass instead of keeping what they computed: the same numbers in more
-    time and less memory, for crops that would not fit."""
+    """Compute blocks again in the backward pass instead of keeping what they computed, for crops that would not
+    fit: the same numbers, a third of the memory and a third more time (ResNet-34, see PERFORMANCE.md)."""
     sync_batchnorm: bool = False
     """Normalise by the tiles of all ranks at once; GPUs only, and every rank needs equally many micro-batches."""
     ddp: DdpRecipe = field(default_factory=DdpRecipe)
