@@ -109,6 +109,7 @@ def _fill(root: Path, number: int, limit: int, count: int) -> None:
         kept.keep(f"{number}.tar", sample * 65536, os.urandom(65536))
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_the_limit_holds_for_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cache, "STEP_BYTES", 1 << 18)
     limit, processes = 4 << 20, 3

@@ -235,6 +235,26 @@ def test_refusals_tell_how_to_give_credentials_and_none_is_ever_told(
         open_store("s3://bucket", StoreRecipe(endpoint=address, **QUICK))
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize(("kind", "said"), [("http", b"read"), ("s3", b"start it by forkserver or spawn")])
+def test_a_fork_reads_or_says_that_it_cannot(web: tuple[str, Behaviour], kind: str, said: bytes):
+    reached(kind, web[0]).read("a.tar", 0, 9)
+    told, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            reached(kind, web[0]).read("a.tar", 0, 9)
+            os.write(tell, b"read")
+        except StoreFailure as failure:
+            os.write(tell, str(failure).encode())
+        finally:
+            os._exit(0)
+    os.close(tell)
+    with open(told, "rb") as pipe:
+        assert said in pipe.read()
+    os.waitpid(child, 0)
+
+
 def test_nothing_is_written_to_a_web_server(web: tuple[str, Behaviour], tmp_path: Path):
     store = reached("http", web[0])
     for one in (

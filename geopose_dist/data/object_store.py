@@ -111,6 +111,10 @@ class ObjectStore:
         return _Translated(self._at(name), doing, self.recipe)
 
 
+_process = 0
+"""The process that obstore's threads belong to; 0: they have not been started."""
+
+
 class _Translated:
     """A block in which obstore's errors become ours."""
 
@@ -118,7 +122,15 @@ class _Translated:
         self.at, self.doing, self.recipe = at, doing, recipe
 
     def __enter__(self) -> None:
-        pass
+        global _process
+        _process = _process or os.getpid()
+        if (
+            _process != os.getpid()
+        ):  # its threads did not come along, and every call would wait for them for ever
+            raise stores.StoreFailure(
+                f"{self.at}: this process was forked from one that had used an object store already; start it by "
+                "forkserver or spawn instead"
+            )
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, FileNotFoundError):

@@ -26,7 +26,7 @@ Place = tuple[str, int, int]
 
 
 class RemoteSource:
-    """Shards below a URL; safe in threads and forks."""
+    """Shards below a URL; safe in threads, and for web servers in forks (obstore refuses to work in a fork)."""
 
     def __init__(self, shard_set: ShardSet) -> None:
         self.url, self.recipe = shard_set.root, shard_set.store
