@@ -350,6 +350,33 @@ def test_damage_in_a_tile_is_named_whichever_part_is_read(packed: dict[str, Path
         [reader.view(index, Window(0, 0, 8, 8)) for index in range(len(reader))]
 
 
+def test_a_damaged_sample_is_replaced_alike_and_a_large_crop_is_no_damage(
+    packed: dict[str, Path], tmp_path: Path
+) -> None:
+    """The replacement has its own draw and its own window."""
+    for file in packed["tiled"].iterdir():
+        if file.is_file():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    data = bytearray((tmp_path / "train-000000.tar").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "train-000000.tar").write_bytes(data)
+    reader, recipe = (
+        Reader(open_shards(str(tmp_path), "train")),
+        DataRecipe(str(tmp_path), on_damage="substitute"),
+    )
+    requests = [Request(i, 0, i) for i in range(6)]
+    made = []
+    for transform in (Augmenter(ALL_AT_ONCE, 64), lambda view, rng: Augmenter(ALL_AT_ONCE, 64)(view, rng)):
+        made.append(Samples(reader, recipe, 3, transform).__getitems__(requests))
+    assert len(made[0].substitutions) == 1
+    assert made[0].substitutions == made[1].substitutions
+    np.testing.assert_array_equal(made[0].rgb.numpy(), made[1].rgb.numpy())
+    large = Samples(reader, recipe, 3, Augmenter(ALL_AT_ONCE, 320)).__getitems__(requests[:1])
+    assert large.users
+    assert "the crop is 320 px, larger than the tile of 300 x 340 px" in large.sentence
+    assert "drawn to replace" not in large.sentence
+
+
 def test_any_reader_opens_tiled_members(packed: dict[str, Path]) -> None:
     """webdataset streams them; Pillow and GDAL decode what it hands over."""
     import rasterio
