@@ -127,7 +127,7 @@ def test_a_rank_that_does_not_come_is_named(
 ) -> None:
     """SIGSTOP, as a hung node is: the others say who gave no answer and where they wait, and leave with 75."""
     out = tmp_path / "run"
-    words = runs.words(train_shards, out, "--length=2000 steps", *PER_RANK, "--timeout-s=4")
+    words = runs.words(train_shards, out, "--length=2000 steps", *PER_RANK, "--timeout-s=12")
     process = runs.launch(words, 2, **variables)
     runs.wait_until(lambda: runs.logged(out) >= 3, process)
     ranks = runs.rank_processes(process)
