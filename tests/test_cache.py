@@ -41,7 +41,7 @@ def web(tmp_path: Path) -> Iterator[tuple[str, Behaviour]]:
 
 
 def recipe_of(tmp_path: Path, **fields: object) -> StoreRecipe:
-    return StoreRecipe(cache_dir=str(tmp_path / "cache"), retries=1, timeout_s=2, backoff_s=0.01, **fields)
+    return StoreRecipe(cache_dir=str(tmp_path / "cache"), retries=1, timeout_s=20, backoff_s=0.01, **fields)
 
 
 def samples_in(tmp_path: Path) -> list[Path]:

@@ -100,7 +100,7 @@ def test_a_folder_s3_and_http_give_the_same_batches(
                 assert batches(far, world) == expected
             assert batches(recipe_of(url, tmp_path / "cache", order=order), start=3) == expected[6:]
     acts.ranges = False
-    whole = recipe_of(url, tmp_path / "whole", order="block:2", workers=2)
+    whole = recipe_of(url, tmp_path / "whole", order="block:2", workers=2, timeout_s=20)
     acts.asked.clear()
     assert batches(whole, 2) == batches(recipe_of(folder, tmp_path, order="block:2"))
     assert sorted(path for _, path, wanted in acts.asked if path.endswith(".tar") and not wanted) == [
@@ -116,7 +116,7 @@ def test_without_ranges_a_block_order_fetches_each_shard_once_a_visit(
     largest = max(path.stat().st_size for path in folder.glob("*.tar"))
     room = (2 * largest + 4096) / 1e9
     expected = batches(recipe_of(folder, tmp_path, order="block:1"), stop=3)
-    tight = recipe_of(url, tmp_path / "tight", order="block:1", cache_gb=room)
+    tight = recipe_of(url, tmp_path / "tight", order="block:1", cache_gb=room, timeout_s=20)
     assert batches(tight, stop=3) == expected
     assert acts.count(".tar") == 1 + 3  # a look whether ranges are honoured, and every shard once
     assert sum(path.stat().st_size for path in tmp_path.glob("tight/*/whole/*")) <= 2 * largest
@@ -239,7 +239,7 @@ def test_reads_of_a_micro_batch_are_under_way_at_once(web: tuple[str, Behaviour]
 
 def test_what_is_read_ahead_is_bounded(web: tuple[str, Behaviour], tmp_path: Path):
     url, acts = web
-    recipe = recipe_of(url, tmp_path, in_flight=4, cache_gb=0)
+    recipe = recipe_of(url, tmp_path, in_flight=4, cache_gb=0, timeout_s=20)
     reader = Reader(open_shards(url, "train", recipe.store))
     acts.asked.clear()
     reader.prefetch(range(20))
@@ -361,7 +361,7 @@ def test_the_next_micro_batch_is_read_while_this_one_is_used(web: tuple[str, Beh
     """Whoever takes its time over a batch finds the next one read."""
     url, acts = web
     acts.delay_s = 0.03
-    recipe = recipe_of(url, tmp_path, cache_gb=0, global_batch=4, micro_batch=4)
+    recipe = recipe_of(url, tmp_path, cache_gb=0, global_batch=4, micro_batch=4, timeout_s=20)
     shard_set = open_shards(url, "train", recipe.store)
     loader = iter(train_loader(shard_set, recipe, SEED, 0, 1, 0, 4))
     next(loader)
