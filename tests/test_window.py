@@ -418,6 +418,7 @@ def test_whole_tiles_are_the_same_and_packing_tells_the_tallest_height(packed: d
             assert facts.unknown_px == int(np.isnan(view.agl_m).sum()) > 0
 
 
+@pytest.mark.slow
 def test_augment_shows_samples_of_tiled_members(packed: dict[str, Path], tmp_path: Path, capsys) -> None:
     reader = Reader(open_shards(str(packed["qoi"]), "train"))
     words = ["augment", "--shards", str(packed["tiled"]), "--key", reader.key(2), "--crop-px", "64"]
