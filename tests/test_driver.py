@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from range_server import serve
 
 from geopose_dist import cli
 from geopose_dist.errors import UserError
@@ -347,3 +348,50 @@ def test_a_gpu_that_is_not_there_is_one_sentence(
     words = ["--source", str(tiles), "--checkpoint", str(checkpoint), "--out", str(tmp_path / "out")]
     assert cli.main(["predict", *words, "--device", "cuda", "--dispatch", "inline"]) == 2
     assert "there is no GPU here" in capsys.readouterr().err
+
+
+def test_a_csv_list_names_tiles_and_every_wrong_line_is_told(
+    tiles: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "list.csv"
+    table.write_text("id,rgb,gsd\na,tiles/JAX_tile02_RGB.tif,0.5\nb,tiles/JAX_tile00_RGB.tif,\n")
+    found = find_source(PredictRecipe(str(table), [checkpoint], tmp_path)).tiles
+    assert [tile.key for tile in found] == ["JAX_tile00", "JAX_tile02"]
+    assert [tile.tile.gsd_m for tile in found if tile.tile] == [None, 0.5]
+    assert predict(table, checkpoint, tmp_path / "out", "--dispatch", "inline") == 0
+    assert len(outputs(tmp_path / "out")) == 4
+    table.write_text(
+        "rgb,gsd\ntiles/none.tif,1\ntiles/JAX_tile00_RGB.tif,far\ntiles/JAX_tile01_RGB.tif,\n"
+        "tiles/JAX_tile01_RGB.tif,\nlist.csv,\n"
+    )
+    capsys.readouterr()
+    assert predict(table, checkpoint, tmp_path / "out2", "--dispatch", "inline") == 2
+    said = capsys.readouterr().err
+    for sentence in (
+        "4 lines cannot be predicted",
+        "line 2: no file",
+        "line 3: gsd is 'far'",
+        "line 5: a second tile named JAX_tile01",
+        "line 6: list.csv is no image",
+    ):
+        assert sentence in said
+    table.write_text("image\nx\n")
+    assert predict(table, checkpoint, tmp_path / "out2", "--dispatch", "inline") == 2
+    assert "wanted one named rgb or path or file" in capsys.readouterr().err
+
+
+def test_shards_behind_a_url_give_what_the_folder_gives(
+    train_shards: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    options = ("--split", "val", "--dispatch", "inline")
+    torch.manual_seed(0)
+    recipe = ModelRecipe(encoder="tu-mobilenetv3_small_050", decoder_channels=[16, 16, 8, 8, 8])
+    save_weights(tmp_path / "n.safetensors", GeoposeNet(recipe).state_dict(), recipe, {"reduction": 1})
+    assert predict(train_shards, tmp_path / "n.safetensors", tmp_path / "folder", *options) == 0
+    with serve(train_shards) as (url, _):
+        words = ["--source", url, "--checkpoint", str(tmp_path / "n.safetensors"), "--device", "cpu"]
+        words += ["--out", str(tmp_path / "url"), "--batch", "2", "--threads", "1", *options]
+        assert cli.main(["predict", *words]) == 0
+    assert len(outputs(tmp_path / "url")) == 8
+    assert outputs(tmp_path / "url") == outputs(tmp_path / "folder")
