@@ -279,3 +279,19 @@ def test_recipes_refuse_what_cannot_be_meant(wrong: dict, sentence: str) -> None
 def test_weights_belong_to_checkpoints(tmp_path) -> None:
     with pytest.raises(ValueError, match="2 numbers for 1 checkpoints"):
         PredictRecipe(str(tmp_path), [tmp_path], tmp_path, net=NetRecipe(weights=[1.0, 2.0]))
+
+
+@pytest.mark.slow
+def test_a_compiled_network_answers_alike_and_is_compiled_before_the_first_tile() -> None:
+    rgb = leaning(64, 96, 0.5, 0.5)
+    net = Blur()
+    plain = Predictor.of_nets([net], [{}], NetRecipe(), batch=1).predict([rgb], [None])[0]
+    compiled = Predictor.of_nets([net], [{}], NetRecipe(compile="default"), batch=1)
+    compiled.warm_up(64, 96)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert before > 0
+    answer = compiled.predict([rgb], [None])[0]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+    assert plain is not None
+    assert answer is not None
+    np.testing.assert_allclose(answer.agl_m, plain.agl_m, atol=1e-3)

@@ -69,6 +69,7 @@ def run(recipe: PredictRecipe) -> None:
             device_of(recipe),
             recipe.threads,
             source.store,
+            source.tiles[0] if source.tiles else None,
         )
         check_same_maker(recipe.out, spec.checkpoints, facts_of(spec), overwrite=recipe.overwrite)
         outcome = _predict(recipe, spec, source)

@@ -110,9 +110,17 @@ class Predictor:
         self.reduce_by = filters[0] if self.reduction > 1 else "area"
         self.nets = [net.eval().to(self.device) for net in nets]
         self.size_multiple = math.lcm(*(int(net.size_multiple) for net in self.nets))  # type: ignore[arg-type]
+        if recipe.compile != "none":
+            self.nets = [torch.compile(net, mode=recipe.compile) for net in self.nets]  # type: ignore[misc]
         self.gsd_known = [bool(fact.get("gsd_known", False)) for fact in facts]
         self.weights = np.array(recipe.weights or [1.0] * len(self.nets))
         self.weights = self.weights / self.weights.sum()
+
+    def warm_up(self, rows: int, columns: int) -> None:
+        """Compile, choose kernels and fill caches with a black batch of `rows` x `columns` reduced pixels."""
+        names: list[str | None] = [None] * self.batch
+        pixels = np.zeros((self.batch, 3, rows, columns), np.uint8)
+        self._average(pixels, np.full(self.batch, np.nan, np.float32), names)
 
     def predict(
         self,

@@ -31,6 +31,9 @@ class NetRecipe:
     give what the whole tile would."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic inside the network; bf16 is the faster one on GPUs and recent CPUs."""
+    compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = "none"
+    """Compile the networks by torch before the first batch, in this mode; worth its minutes for many tiles of one
+    size on a GPU."""
     enlarge: Literal["guided", "bilinear", "slopes"] = "guided"
     """How heights of a reduced network return to full size: along the edges of the image (bilinear where only the
     reduced image is there, as in reduced shards), bilinear, or as planes limited at edges."""

@@ -149,6 +149,8 @@ class SceneWorker:
         device = "cpu" if spec.device == "cpu" else f"cuda:{gpu}"
         self.predictor = Predictor(spec.checkpoints, spec.net, batch=spec.batch, device=device)
         assert STEP % self.predictor.size_multiple == 0
+        if device != "cpu" or spec.net.compile != "none":
+            self.predictor.warm_up(*spec.plan.window_size)
 
     def __call__(self, item: WindowItem | BlockItem) -> Report:
         """Do an item; what cannot be read or predicted is told, not raised."""

@@ -116,6 +116,7 @@ class WorkSpec:
         device: cpu or cuda.
         threads: of the arithmetic on CPU.
         store: how shards behind a URL are reached.
+        first: a tile of the usual size, to warm up with on a GPU or compiled.
     """
 
     checkpoints: tuple[Path, ...]
@@ -129,6 +130,7 @@ class WorkSpec:
     device: str
     threads: int
     store: StoreRecipe = field(default_factory=StoreRecipe)
+    first: TileSource | None = None
 
     def __call__(self, gpu: int) -> Worker:
         """The worker on the `gpu`-th GPU that this process sees, or on the CPU."""
@@ -151,6 +153,18 @@ class Worker:
             torch.set_num_threads(spec.threads)
         device = "cpu" if spec.device == "cpu" else f"cuda:{gpu}"
         self.predictor = Predictor(spec.checkpoints, spec.net, batch=spec.batch, device=device)
+        if spec.first is not None and (device != "cpu" or spec.net.compile != "none"):
+            self._warm_up(spec.first)
+
+    def _warm_up(self, tile: TileSource) -> None:
+        """Before the first item, whose time limit is not meant for compiling."""
+        try:
+            pixels = self._read(tile)
+        except UserError:
+            return  # its own item will tell
+        factor = self.predictor.reduction // pixels.reduced_by
+        rows, columns = pixels.rgb.shape[:2]
+        self.predictor.warm_up(-(-rows // factor), -(-columns // factor))
 
     def __call__(self, item: WorkItem) -> Report:
         """Predict the tiles of an item; a tile that cannot be read or predicted is told, not raised."""
