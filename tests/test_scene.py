@@ -341,7 +341,7 @@ def test_a_killed_driver_goes_on_to_the_same_files(kind: str, tmp_path: Path) ->
 def test_a_worker_needs_little_memory_however_large_the_scene(tmp_path: Path) -> None:
     save_net(tmp_path / "net.safetensors", "tu-mobilenetv3_small_050", 2)
     peaks = []
-    for side in (1000, 4500):
+    for side in (1000, 4200):
         source = write_scene(tmp_path / f"OMA_{side}.tif", pixels(side, side), blockxsize=256, blockysize=256)
         words = [
             "--source",
