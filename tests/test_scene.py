@@ -317,12 +317,12 @@ def save_net(path: Path, encoder: str, reduction: int) -> GeoposeNet:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ray", "process"])
+@pytest.mark.parametrize("kind", ["ray", pytest.param("process", marks=pytest.mark.soak)])
 def test_a_killed_driver_goes_on_to_the_same_files(kind: str, tmp_path: Path) -> None:
     save_net(tmp_path / "net.safetensors", "tu-mobilenetv3_small_050", 2)
     source = write_scene(tmp_path / "ARG_k.tif", pixels(1600, 1700))
     log, out = tmp_path / "log", tmp_path / "out"
-    options = ("--workers", "2", "--dispatch", kind)
+    options = ("--workers", "2", "--dispatch", kind, "--net.window", "256")
     undisturbed = start(source, tmp_path / "net.safetensors", tmp_path / "undisturbed", log, *options)
     assert undisturbed.wait(timeout=300) == 0, log.read_text()
     first = start(source, tmp_path / "net.safetensors", out, log, *options)
