@@ -91,6 +91,16 @@ def test_gather_is_its_twin(tile, size, linear, offset, raised_angle, with_heigh
             np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("step", [-4.4e-271, 4.4e-271, -1e-17, 1e-17, -1e-12, 1e-12, -1e-7, 1e-7])
+@pytest.mark.parametrize("start", [-0.5, 2.5, -0.5000001, 2.4999999])
+def test_steps_that_vanish_when_added_lose_no_column(step, start):
+    rgb = np.arange(27, dtype=np.uint8).reshape(3, 3, 3)
+    for matrix in ([[0, 0, 1], [0, step, start]], [[0, step, start], [0, 0, 1]]):
+        arguments = (rgb, None, np.array(matrix), (2, 9), None, (9, 8, 7))
+        for one, other in zip(kernels.gather(*arguments), reference.gather(*arguments), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
 def test_gather_in_strips_is_the_gather_of_each_part(rng):
     """Wide turned outputs go by strips of columns; a part asked for alone is the same part."""
     rgb = rng.integers(0, 256, (300, 1500, 3), dtype=np.uint8)
