@@ -64,6 +64,7 @@ def bench(tmp_path: Path, shards: Path | str, *words: str) -> list[dict[str, Any
     return rows
 
 
+@pytest.mark.slow
 def test_a_slow_model_is_named(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Stepper, "step", pretend_step(0.2))
     rows = bench(tmp_path, shards, "--steps", "3")
@@ -90,6 +91,7 @@ def test_too_few_workers_are_counted(tmp_path: Path, shards: Path, monkeypatch: 
     assert rows[0]["worker_cpu_ms_per_tile"] > 0
 
 
+@pytest.mark.slow
 def test_a_slow_store_is_told_from_busy_workers(
     tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

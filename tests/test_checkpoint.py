@@ -149,6 +149,7 @@ def test_too_small_a_disk_is_refused_before_any_work(
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_the_estimated_size_is_the_size(train_shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert runs.train(train_shards, out, "--length=1 steps", *SMALL, "--ema-decay=0.9") == 0

@@ -40,6 +40,7 @@ def test_a_part_that_fails_is_told_and_the_others_run(tmp_path: Path) -> None:
     assert "gpu_check: doctor data failed on cpu" in done.stdout
 
 
+@pytest.mark.slow
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     import torch
 

@@ -271,6 +271,7 @@ def test_foreign_shards_are_indexed_in_their_store_or_from_it(tmp_path, bucket, 
         index_only.run(PackRecipe(out=f"{bucket}/empty", index_only=True, store=store, workers=1))
 
 
+@pytest.mark.slow
 def test_foreign_shards_of_a_web_server_are_named_by_braces(tmp_path):
     keys = write_shards(tmp_path / "www" / "tars", [3, 4, 2])
     for name in ("manifest.json", "index.npy"):

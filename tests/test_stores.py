@@ -340,6 +340,7 @@ def test_settings_are_read_from_the_environment_but_never_credentials_into_recip
     assert not any("key" in field or "secret" in field for field in StoreRecipe.__dataclass_fields__)
 
 
+@pytest.mark.slow
 def test_the_bench_reads_its_own_store_or_yours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     from geopose_dist.bench import cases_store
 

@@ -25,6 +25,7 @@ TOLD = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_hidden_inputs_and_running_spread_survive_a_stop_bit_for_bit(
     train_shards: Path, tmp_path: Path
 ) -> None:

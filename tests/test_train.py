@@ -68,6 +68,7 @@ def test_changed_recipe_is_refused_with_both_sides(
     assert len(runs.lines(tmp_path / "run")) == 3
 
 
+@pytest.mark.slow
 def test_minutes_end_by_the_clock_and_go_on_where_they_were(train_shards: Path, tmp_path: Path) -> None:
     short = ("--length=0.06 minutes", "--data.global-batch=2", "--data.micro-batch=2")
     assert runs.train(train_shards, tmp_path / "run", *short) == 0
@@ -78,6 +79,7 @@ def test_minutes_end_by_the_clock_and_go_on_where_they_were(train_shards: Path, 
     assert len(runs.lines(tmp_path / "run")) <= len(learned) + 1
 
 
+@pytest.mark.slow
 def test_init_from_takes_weights_alone(train_shards: Path, tmp_path: Path) -> None:
     two = ("--length=2 steps", "--data.global-batch=2", "--data.micro-batch=2")
     assert runs.train(train_shards, tmp_path / "first", *two) == 0

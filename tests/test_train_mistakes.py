@@ -100,6 +100,7 @@ def test_shards_of_another_schema(
     refused(tmp_path / "shards", tmp_path / "run", [], ["schema 99", "reads 1"], capsys)
 
 
+@pytest.mark.slow
 def test_checkpoint_of_another_model(
     train_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
