@@ -152,7 +152,7 @@ def test_scaling_measures_two_ranks_and_predicts_more(
 def measured_on_hosts(recipe: TrainRecipe, mbit: float, folder: Path) -> dict[str, Any]:
     """What two ranks on two hosts with a link of `mbit` measured."""
     asked = folder / "asked.json"
-    asked.write_text(json.dumps({"recipe": config.to_dict(recipe), "steps": 2, "repeats": 5}))
+    asked.write_text(json.dumps({"recipe": config.to_dict(recipe), "steps": 2, "repeats": 3}))
     with hosts.two_hosts(mbit) as pair:
         processes = []
         for rank, host in enumerate(pair):

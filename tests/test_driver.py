@@ -256,7 +256,7 @@ def actor_processes(pid: int, kind: str) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ray", "process"])
+@pytest.mark.parametrize("kind", ["ray", pytest.param("process", marks=pytest.mark.soak)])
 def test_killed_actor_and_killed_driver_leave_the_same_files(
     kind: str, checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -20,14 +20,23 @@ def check(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(SCRIPT)], env=env, capture_output=True, text=True, timeout=600, check=False)
 
 
-@pytest.mark.slow
-def test_the_rehearsal_leaves_every_result(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("parts", "results"),
+    [
+        pytest.param("doctor tests data epoch", ["epoch"], marks=pytest.mark.slow),
+        pytest.param(
+            "doctor tests data step epoch augment predict checkpoint",
+            ["step", "epoch", "device_augment", "predict", "checkpoint"],
+            marks=pytest.mark.soak,
+        ),
+    ],
+)
+def test_the_rehearsal_leaves_every_result(tmp_path: Path, parts: str, results: list[str]) -> None:
     # Not `setup`: it compiles the kernels anew in this checkout, under the feet of other tests.
-    parts = "doctor tests data step epoch augment checkpoint"
     done = check(tmp_path, GPU_CHECK_REHEARSAL="1", PARTS=parts)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all parts done on cpu" in done.stdout
-    for name in ("step", "epoch", "device_augment", "checkpoint"):
+    for name in results:
         facts = json.loads((tmp_path / "out" / f"{name}.json").read_text())
         assert facts["results"], name
     assert json.loads((tmp_path / "out" / "doctor.json").read_text())

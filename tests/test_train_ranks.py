@@ -121,7 +121,9 @@ def test_a_killed_rank_is_started_again_to_the_same_end(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stopped", "variables"), [(1, {}), (0, OWN_STORE)])
+@pytest.mark.parametrize(
+    ("stopped", "variables"), [pytest.param(1, {}, marks=pytest.mark.soak), (0, OWN_STORE)]
+)
 def test_a_rank_that_does_not_come_is_named(
     train_shards: Path, tmp_path: Path, stopped: int, variables: dict[str, str]
 ) -> None:
