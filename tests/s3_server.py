@@ -9,6 +9,7 @@ import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "GEOPOSETESTKEY", "AWS_SECRET_ACCESS_KEY": "no-secret-at-all"}
@@ -17,6 +18,9 @@ CREDENTIALS = {"AWS_ACCESS_KEY_ID": "GEOPOSETESTKEY", "AWS_SECRET_ACCESS_KEY": "
 @contextlib.contextmanager
 def serve(*buckets: str) -> Iterator[str]:
     """An S3 server with these empty buckets; yields its address for `store.endpoint`."""
+    # The server of worker processes keeps the environment that it was started with, perhaps by a test without
+    # credentials; the next worker starts a new one.
+    forkserver._forkserver._stop()
     command = [sys.executable, str(Path(__file__).resolve())]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from geopose_dist import cli, geometry
+from geopose_dist.evaluate import pictures
 from geopose_dist.evaluate import predictions as challenge
 from geopose_dist.geometry import Pose
 from geopose_dist.report import explore, figures, page, panels, run_page, tiles
@@ -339,3 +340,14 @@ def test_losses_that_were_not_finite_are_passed_over() -> None:
     assert "last loss 1.25" in run_page.summary(rows, [])
     assert "last loss unknown" in run_page.summary(rows[1:], [])
     assert "Training loss" in "".join(run_page.curves(rows, []))
+
+
+def test_arrows_of_any_length_can_be_drawn() -> None:
+    """An untrained network may predict a scale of millions; the picture shows that the arrow leaves it."""
+    rgb, agl_m = np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64), np.float32)
+    agl_m[20:30, 20:30] = 50
+    for scale in (1.0, 1e6, 1e12, 1e30):
+        picture, factor = pictures.with_arrows(rgb, agl_m, [(Pose(1.0, scale), agl_m, (255, 0, 0))], side=128)
+        assert picture.shape == (128, 128, 3)
+        assert factor >= 1
+        assert (picture == (255, 0, 0)).all(-1).any()

@@ -76,6 +76,9 @@ def with_arrows(
                 along = np.array([dx[row, column], dy[row, column]], np.float64) * shrink * factor
                 if not np.isfinite(along).all():
                     continue
+                along *= min(
+                    1.0, 4 * side / max(float(np.hypot(*along)), 1e-6)
+                )  # an untrained network's may be any
                 start = np.array([column + 0.5, row + 0.5]) * shrink
                 ends = [tuple(map(int, np.rint(point * 16))) for point in (start, start + along)]
                 ink = (0, 0, 0) if outline else colour
