@@ -80,6 +80,7 @@ def test_a_slow_model_is_named(tmp_path: Path, shards: Path, monkeypatch: pytest
     assert rows[-1]["data_wait_share"] < 0.3
 
 
+@pytest.mark.slow
 def test_too_few_workers_are_counted(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Stepper, "step", pretend_step(0.001))
     rows = bench(tmp_path, shards, "--steps", "20", "--run.augment.preset", "strong")

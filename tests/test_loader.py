@@ -259,6 +259,7 @@ def test_a_bug_in_a_worker_names_the_sample(shards: Path, workers: int, capsys: 
     assert "fail_on_third" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_told_and_nothing_hangs(shards: Path):
     loader = train_loader(open_split(shards, "train"), recipe_of(shards, workers=2), 0, 0, 1, 0, 10**6)
     steps = iter(loader)

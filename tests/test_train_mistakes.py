@@ -134,6 +134,7 @@ def early(shards: Path, out: Path, *options: str) -> list[int]:
     return [line["step"] for line in runs.lines(out, "validation")]
 
 
+@pytest.mark.slow
 def test_a_run_that_gets_no_better_ends_early_and_stays_done(
     train_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
