@@ -63,7 +63,7 @@ cdef extern from *:
         const double start[2] = {line->y0, line->x0}, step[2] = {line->dy, line->dx};
         const double most[2] = {line->end_y + 0.5, line->end_x + 0.5};
         for (int axis = 0; axis < 2; axis++) {
-            if (fabs(step[axis]) < 1e-6) { /* so small a step may vanish when it is added: no column can be told by it */
+            if (fabs(step[axis]) < 1e-6) { /* it may vanish when added: it tells no column */
                 if (!(start[axis] >= -1.5 && start[axis] < most[axis] + 1))
                     to = 0;
                 continue;
