@@ -53,6 +53,10 @@ def parse_members(data: bytes, where: str) -> tuple[str, dict[str, memoryview]]:
 
 def split_name(name: str, where: str) -> tuple[str, str]:
     """Key and extension of a member's name; names that point out of a folder are refused (UserError)."""
+    if not ("/" in name or "\\" in name or "\0" in name):  # our own names: a tenth of what a path costs
+        stem, _, extension = name.partition(".")
+        if stem and extension:
+            return stem, extension
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
         raise UserError(f"{where}: member name {name!r} points out of its folder; such shards are refused")
