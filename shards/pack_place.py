@@ -121,6 +121,9 @@ class LocalPlace:
                 (self.waiting / name).replace(self.folder / name)
         files.fsync_folder(self.folder)
         shutil.rmtree(self.waiting, ignore_errors=True)
+        # What processes that were killed left half-written: all shards are there, so nobody writes any more.
+        for leftover in [*self.folder.glob(".*.tmp"), *(self.folder / FOLDER).rglob(".*.tmp")]:
+            leftover.unlink(missing_ok=True)
 
 
 class StorePlace:

@@ -40,8 +40,12 @@ def test_packing_again_changes_nothing_and_mends_what_is_missing(dataset, tmp_pa
     data[3000] ^= 1
     (out / "train-000001.tar").write_bytes(data)
     (out / "train-000000.tar").unlink()
+    killed = [out / ".train-000000.tar.1.tmp", out / ".pack" / "records" / ".train-000000.tar.json.1.tmp"]
+    for path in killed:
+        path.write_bytes(b"half")
     run_pack(dataset, out)
     assert hashes(out) == before
+    assert not any(path.exists() for path in killed)
     assert (out / "train-000002.tar").stat().st_mtime_ns == times["train-000002.tar"]
 
 
