@@ -48,6 +48,15 @@ def find_recipe(name: str) -> Path:
     )
 
 
+def read_file(path: Path) -> tuple[str, Any]:
+    """Text and values of a recipe file, for `adapt_config` (UserError: not YAML)."""
+    text = path.read_text()
+    try:
+        return text, yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path}: not YAML ({' '.join(str(error).split())}); mend it") from error
+
+
 def parser_for(recipe: type[Any], prog: str, description: str) -> ArgumentParser:
     """The argument parser of a recipe class, `--help` included."""
     import jsonargparse

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import hosts
 import numpy as np
 import pytest
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip, with the reason, what this machine cannot run."""
-    missing = {"gpu": _why_no_gpu, "multihost": _why_no_hosts}
+    missing = {"gpu": _why_no_gpu, "multihost": hosts.why_not}
     for marker, why in missing.items():
         marked = [item for item in items if item.get_closest_marker(marker)]
         reason = why() if marked else ""
@@ -43,19 +43,6 @@ def _why_no_gpu() -> str:
     return "" if torch.cuda.is_available() else "no CUDA device"
 
 
-def _why_no_hosts() -> str:
-    if os.geteuid() != 0:
-        return "network namespaces need root"
-    if shutil.which("ip") is None:
-        return "no `ip`: apt-get install iproute2"
-    name = f"geopose-{os.getpid()}"
-    tried = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
-    if tried.returncode:
-        return f"no network namespaces here: {tried.stderr.strip()}"
-    subprocess.run(["ip", "netns", "del", name], check=False)
-    return ""
-
-
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Recorded data beside the checkout; tests that want it are skipped where it is absent."""
@@ -63,6 +50,15 @@ def shared() -> Path:
     if not (folder / "conformance").is_dir():
         pytest.skip(f"no recorded data at {folder}")
     return folder
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without a GPU, whatever this one has."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ def why_not() -> str:
     if os.geteuid() != 0:
         return "network namespaces need root"
     if shutil.which("ip") is None or shutil.which("tc") is None:
-        return "iproute2 is not installed"
+        return "no `ip` and `tc`: apt-get install iproute2"
     probe = f"gp{uuid.uuid4().hex[:8]}"
     made = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True, check=False)
     if made.returncode:

@@ -12,6 +12,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from geopose_dist import cli
+from geopose_dist.infer import raster
+
+NET = ("--net.window", "192", "--net.overlap", "96", "--device", "cpu", "--threads", "1", "--batch", "3")
+
 
 class Pyramid(nn.Module):
     """Two halvings, convolutions on every level, back to full size: what it sees ends 24 pixels away.
@@ -104,3 +109,24 @@ def write_large_scene(path: Path, side: int) -> None:
             rows = min(512, side - row)
             rolled = np.roll(strip, row, axis=2)[:, :rows]
             file.write(rolled, window=rasterio.windows.Window(0, row, side, rows))
+
+
+def predict(source: Path, checkpoint: Path, out: Path, *options: str, dispatch: str = "inline") -> int:
+    words = ["--source", str(source), "--checkpoint", str(checkpoint), "--out", str(out), *NET]
+    return cli.main(["predict", *words, "--dispatch", dispatch, *options])
+
+
+def read(path: Path) -> np.ndarray:
+    import rasterio
+
+    with raster.quiet(), rasterio.open(path) as file:
+        bands = file.read()
+    return bands[0] if len(bands) == 1 else bands.transpose(1, 2, 0)
+
+
+def files_of(out: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and ".geopose" not in str(path)
+    }

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiles
 import torch
+from range_server import serve
 
 from geopose_dist import cli
 from geopose_dist.bench import harness, verdicts
@@ -17,8 +19,6 @@ from geopose_dist.bench.verdicts import Parts
 from geopose_dist.model.loss import TERMS
 from geopose_dist.train.step import Stepper, StepResult
 from shards import pack
-from tests import tiles
-from tests.range_server import serve
 
 PARTS = Parts(
     data=100.0,

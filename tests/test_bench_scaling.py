@@ -171,7 +171,6 @@ def measured_on_hosts(recipe: TrainRecipe, mbit: float, folder: Path) -> dict[st
 
 @pytest.mark.multihost
 @pytest.mark.slow
-@pytest.mark.skipif(bool(hosts.why_not()), reason=hosts.why_not())
 def test_left_out_links_and_models_are_told_within_the_stated_error(tmp_path: Path) -> None:
     """Two hosts x two sizes of network x 100 Mbit, 1 and 10 Gbit: each point is told by a fit to the others."""
     sizes = {"small": "[16,16,8,8,8]", "large": "[256,128,64,32,16]"}

@@ -341,10 +341,8 @@ def test_shipped_recipes_run(name: str, tiles: Path, checkpoint: Path, tmp_path:
 
 
 def test_a_gpu_that_is_not_there_is_one_sentence(
-    tiles: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiles: Path, checkpoint: Path, tmp_path: Path, no_gpu: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
     words = ["--source", str(tiles), "--checkpoint", str(checkpoint), "--out", str(tmp_path / "out")]
     assert cli.main(["predict", *words, "--device", "cuda", "--dispatch", "inline"]) == 2
     assert "there is no GPU here" in capsys.readouterr().err

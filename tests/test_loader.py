@@ -21,8 +21,8 @@ from geopose_dist.augment import Augmenter, AugmentRecipe
 from geopose_dist.data import batch as batches
 from geopose_dist.data import loader as loaders
 from geopose_dist.data import workers as worker_processes
-from geopose_dist.data.loader import evaluation_indices, evaluation_loader, train_loader
-from geopose_dist.data.manifest import INDEX_DTYPE, Manifest, Shard, ShardSet, open_split
+from geopose_dist.data.loader import evaluation_indices, evaluation_loader, train_loader, with_later
+from geopose_dist.data.manifest import open_split
 from geopose_dist.data.plan import Plan, ends_epoch
 from geopose_dist.data.reader import Reader
 from geopose_dist.data.recipe import DataRecipe
@@ -354,14 +354,8 @@ def test_a_loader_leaves_torchs_random_numbers_alone(shards: Path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_ten_million_samples_start_at_once(tmp_path: Path):
-    n = 10_000_000
-    index = np.lib.format.open_memmap(tmp_path / "index.npy", "w+", INDEX_DTYPE, (n,))
-    shard_set = ShardSet(
-        str(tmp_path), Manifest([Shard("a.tar", "train", n, 0, "")], ["ARG"], {}, {}), index, "train"
-    )
-    began = time.monotonic()
-    plan = Plan.of(shard_set, seed=0, global_batch=4096, micro_batch=8)
-    requests = loaders._Requests(plan, 3, 64, 10**7, 10**7 + 1)
-    assert sum(map(len, requests)) == 4096 // 64
-    assert time.monotonic() - began < 3  # 0.4 s alone, nearly all of it the fingerprint of 220 MB
+@pytest.mark.parametrize("turn", [0, 1, 3])
+def test_each_batch_is_told_the_next_of_its_worker(turn: int):
+    pairs = list(with_later([[n] for n in range(5)], turn))
+    assert [batch for batch, _ in pairs] == [[n] for n in range(5)]
+    assert [later for _, later in pairs] == [[n + turn] if turn and n + turn < 5 else [] for n in range(5)]

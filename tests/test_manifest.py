@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 
 from geopose_dist.data import manifest as manifests
 from geopose_dist.data.manifest import INDEX_DTYPE, Manifest, Shard
+from geopose_dist.data.plan import Plan
+from geopose_dist.data.reader import Reader, open_shards
 from geopose_dist.errors import UserError
 
 SHARDS = [
@@ -125,3 +128,43 @@ def test_a_part_of_a_split_is_its_first_samples(folder: Path) -> None:
     assert train.first(0) is train
     with pytest.raises(UserError, match=r"samples is 6.*has 5"):
         train.first(6)
+
+
+@pytest.mark.slow
+def test_ten_million_samples_start_in_a_second(tmp_path: Path):
+    """2 * 10^5 shards: opening, planning and finding any sample costs less than a second, as an epoch's start."""
+    shards, each = 200_000, 50
+    listed = [Shard(f"train-{n:06d}.tar", "train", each, 1 << 27, "0" * 64) for n in range(shards)]
+    index = np.zeros(shards * each, INDEX_DTYPE)
+    index["shard"] = np.repeat(np.arange(shards, dtype=np.uint32), each)
+    index["offset"] = np.tile(np.arange(each, dtype=np.uint64) * 2_500_000, shards)
+    index["length"] = 2_500_000
+    manifests.write(tmp_path, Manifest(listed, ["ARG"], {}, {}), index)
+    del index, listed
+
+    def open_and_plan() -> float:
+        began = time.process_time()
+        shard_set = open_shards(str(tmp_path), "train")
+        reader = Reader(shard_set)
+        opened = time.process_time() - began
+        assert reader.where(9_999_999).endswith("train-199999.tar, offset 122500000")
+        return opened
+
+    def seek(plan: Plan) -> float:
+        began = time.process_time()
+        for position in range(7 * plan.samples, 7 * plan.samples + 1024):
+            plan.sample_at(position)
+        return time.process_time() - began
+
+    opening = open_and_plan()
+    shard_set = open_shards(str(tmp_path), "train")
+    began = time.process_time()
+    plan = Plan.of(shard_set, seed=1)
+    planning = time.process_time() - began
+    blocks = Plan.of(shard_set, seed=1, order="block:16")
+    starts = min(seek(plan) for _ in range(3)), min(seek(blocks) for _ in range(3))
+    print(
+        f"opening {opening:.2f} s, planning {planning:.2f} s, 1024 samples {starts[0]:.3f} and {starts[1]:.3f} s"
+    )
+    assert max(starts) < 1
+    assert opening + planning < 5  # 0.9 + 0.2 s of CPU time, measured beside other work

@@ -117,12 +117,8 @@ def test_the_second_stage_of_large_starts_from_the_first(bare_shards: Path, tmp_
 
 
 def test_gpu_recipes_say_so_on_a_machine_without_one(
-    bare_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bare_shards: Path, tmp_path: Path, no_gpu: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
     words = ["--config", "train/base", "--config", "hardware/gpu80", f"--data.shards={bare_shards}"]
     assert cli.main(["train", *words, f"--out={tmp_path / 'run'}"]) == 2
     assert "GPU" in capsys.readouterr().err

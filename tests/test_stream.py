@@ -18,9 +18,7 @@ from range_server import Behaviour
 from tars import write_shards
 
 from geopose_dist import cli
-from geopose_dist.data import manifest
-from geopose_dist.data.loader import LoaderFailure, evaluation_loader, train_loader, with_later
-from geopose_dist.data.plan import Plan
+from geopose_dist.data.loader import LoaderFailure, evaluation_loader, train_loader
 from geopose_dist.data.reader import Reader, open_shards
 from geopose_dist.data.recipe import DataRecipe
 from geopose_dist.data.sample import View
@@ -317,46 +315,6 @@ def test_a_run_trains_from_a_url(web: tuple[str, Behaviour], tmp_path: Path, geo
     assert list((tmp_path / "cache").glob("*/samples/*.tar"))
 
 
-@pytest.mark.slow
-def test_ten_million_samples_start_in_a_second(tmp_path: Path):
-    """2 * 10^5 shards: opening, planning and finding any sample costs less than a second, as an epoch's start."""
-    shards, each = 200_000, 50
-    listed = [manifest.Shard(f"train-{n:06d}.tar", "train", each, 1 << 27, "0" * 64) for n in range(shards)]
-    index = np.zeros(shards * each, manifest.INDEX_DTYPE)
-    index["shard"] = np.repeat(np.arange(shards, dtype=np.uint32), each)
-    index["offset"] = np.tile(np.arange(each, dtype=np.uint64) * 2_500_000, shards)
-    index["length"] = 2_500_000
-    manifest.write(tmp_path, manifest.Manifest(listed, ["ARG"], {}, {}), index)
-    del index, listed
-
-    def open_and_plan() -> float:
-        began = time.process_time()
-        shard_set = open_shards(str(tmp_path), "train")
-        reader = Reader(shard_set)
-        opened = time.process_time() - began
-        assert reader.where(9_999_999).endswith("train-199999.tar, offset 122500000")
-        return opened
-
-    def seek(plan: Plan) -> float:
-        began = time.process_time()
-        for position in range(7 * plan.samples, 7 * plan.samples + 1024):
-            plan.sample_at(position)
-        return time.process_time() - began
-
-    opening = open_and_plan()
-    shard_set = open_shards(str(tmp_path), "train")
-    began = time.process_time()
-    plan = Plan.of(shard_set, seed=1)
-    planning = time.process_time() - began
-    blocks = Plan.of(shard_set, seed=1, order="block:16")
-    starts = min(seek(plan) for _ in range(3)), min(seek(blocks) for _ in range(3))
-    print(
-        f"opening {opening:.2f} s, planning {planning:.2f} s, 1024 samples {starts[0]:.3f} and {starts[1]:.3f} s"
-    )
-    assert max(starts) < 1
-    assert opening + planning < 5  # 0.7 + 0.2 s of CPU time where nothing else runs
-
-
 def test_the_next_micro_batch_is_read_while_this_one_is_used(web: tuple[str, Behaviour], tmp_path: Path):
     """Whoever takes its time over a batch finds the next one read."""
     url, acts = web
@@ -373,13 +331,6 @@ def test_the_next_micro_batch_is_read_while_this_one_is_used(web: tuple[str, Beh
         waits.append(time.monotonic() - began)
     assert statistics.median(waits) < acts.delay_s
     assert acts.count(".tar") == 1 + 16  # every sample once, and a look whether ranges are honoured
-
-
-@pytest.mark.parametrize("turn", [0, 1, 3])
-def test_each_batch_is_told_the_next_of_its_worker(turn: int):
-    pairs = list(with_later([[n] for n in range(5)], turn))
-    assert [batch for batch, _ in pairs] == [[n] for n in range(5)]
-    assert [later for _, later in pairs] == [[n + turn] if turn and n + turn < 5 else [] for n in range(5)]
 
 
 def _resident_mb() -> float:

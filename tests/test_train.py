@@ -109,7 +109,6 @@ def test_init_from_takes_weights_alone(train_shards: Path, tmp_path: Path) -> No
         (["--model.scale=least_squares"], "separate"),
         (["--optim.lrr=3"], "optim.lr"),
         (["--length=soon"], "3000 steps"),
-        (["--device=cuda"], "GPU"),
         (["--init-from=nowhere"], "nowhere"),
         (["--data.order=block:0"], "block"),
     ],
@@ -117,8 +116,6 @@ def test_init_from_takes_weights_alone(train_shards: Path, tmp_path: Path) -> No
 def test_mistakes_are_one_sentence_before_any_work(
     train_shards: Path, tmp_path: Path, options: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if "--device=cuda" in options and torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
     assert runs.train(train_shards, tmp_path / "run", "--length=2 steps", *options) == 2
     said = capsys.readouterr().err
     assert sentence in said

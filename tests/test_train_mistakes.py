@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import runs
-import torch
 
 TWO = ("--length=1 steps", "--data.global-batch=2", "--data.micro-batch=2")
 
@@ -84,10 +83,8 @@ def test_a_recipe_file_with_a_typo_or_a_wrong_type(
 
 
 def test_gpu_that_is_not_there(
-    train_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    train_shards: Path, tmp_path: Path, no_gpu: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
     refused(train_shards, tmp_path / "run", ["--device=cuda"], ["GPU", "--device cpu"], capsys)
 
 

@@ -11,15 +11,13 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-import numpy as np
-
 from geopose_dist.augment.apply import Augmenter, _pose_after
-from geopose_dist.augment.draw import Draw, draw
+from geopose_dist.augment.draw import Draw
 from geopose_dist.augment.recipe import AugmentRecipe
 from geopose_dist.augment.tone import noise_of, table
 from geopose_dist.augment.window import SIGHT_PX, map_of, needed_window
 from geopose_dist.data.deferred import Deferred, Raising, Toning
-from geopose_dist.data.sample import Outline, View, Window
+from geopose_dist.data.sample import View, Window
 from geopose_dist.geometry import Pose
 
 
@@ -57,28 +55,8 @@ def defer(view: View, drawn: Draw) -> View:
 
 
 @dataclass(frozen=True)
-class Deferrer:
-    """A recipe and a crop as a callable for the loader, as `Augmenter`, but the pixels are left to the device.
-
-    Attributes:
-        recipe: what may be drawn.
-        crop_px: side of the random crop; None = whole tiles.
-    """
-
-    recipe: AugmentRecipe
-    crop_px: int | None = None
-
-    def __call__(self, view: View, rng: np.random.Generator) -> View:
-        """`defer(view, draw(...))`."""
-        return self.apply(view, self.draw(view, rng))
-
-    def draw(self, tile: View | Outline, rng: np.random.Generator) -> Draw:
-        """What this sample gets, before it is decoded."""
-        return draw(self.recipe, rng, tile, self.crop_px)
-
-    def window(self, tile: Outline, drawn: Draw) -> Window:
-        """What has to be decoded of a tile for a draw."""
-        return needed_window(drawn, tile.size, tile.pose, tile.tallest_m)
+class Deferrer(Augmenter):
+    """An `Augmenter` that leaves the pixels to the device: it draws, and notes what is left to do."""
 
     def apply(self, view: View, drawn: Draw) -> View:
         """See `defer`."""
@@ -95,6 +73,6 @@ class Deferrer:
         return min(rows, most), min(cols, most)
 
 
-def transform_of(recipe: AugmentRecipe, crop_px: int | None) -> Augmenter | Deferrer:
+def transform_of(recipe: AugmentRecipe, crop_px: int | None) -> Augmenter:
     """What the loader's workers do to a sample under this recipe."""
     return Deferrer(recipe, crop_px) if recipe.where == "device" else Augmenter(recipe, crop_px)

@@ -30,7 +30,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from geopose_dist import files
+from geopose_dist import config, files
 from geopose_dist.errors import UserError
 from geopose_dist.train.recipe import TrainRecipe
 
@@ -158,11 +158,7 @@ class BenchRecipe:
     @staticmethod
     def adapt_config(path: Path) -> str:
         """A training recipe becomes the `run` of the benchmark; a file of the benchmark's own stays."""
-        text = path.read_text()
-        try:
-            values: Any = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"--config {path}: not YAML ({' '.join(str(error).split())}); mend it") from error
+        text, values = config.read_file(path)
         own = {f.name for f in dataclasses.fields(BenchRecipe)} - {"data"}
         if not isinstance(values, dict) or own & values.keys():
             return text

@@ -9,15 +9,14 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from geopose_dist import config
 from geopose_dist.data.plan import Plan, check_batches, parse_order, rank_of
 from geopose_dist.data.reader import Reader, open_shards
 from geopose_dist.data.recipe import DataRecipe
 from geopose_dist.data.store_recipe import StoreRecipe
-from geopose_dist.errors import UserError
 
 PAGE = 4096
 """Positions computed at a time."""
@@ -96,11 +95,7 @@ class OrderRecipe:
     @staticmethod
     def adapt_config(path: Path) -> str:
         """What this verb takes from a recipe file: all of its own kind, the order of a training recipe."""
-        text = path.read_text()
-        try:
-            values: Any = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"--config {path}: not YAML ({' '.join(str(error).split())}); mend it") from error
+        text, values = config.read_file(path)
         if not isinstance(values, dict) or not TRAINING_ONLY & values.keys():
             return text
         data = values.get("data") or {}
