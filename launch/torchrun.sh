@@ -15,11 +15,13 @@
 #   NPROC             processes on this node (all GPUs, or 2 without one)
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT     the nodes (1, 0, localhost, 29400); node 0 runs at MASTER_ADDR
 #   RDZV_ID           name of this job, the same on every node (geopose)
-#   LOCAL_ADDR, IFNAME   this node's address and network interface, where its host name does not resolve to them
+#   MEET_TIMEOUT      seconds to wait for the other nodes (900)
 #   MAX_RESTARTS      how often torchrun itself starts crashed ranks again (0: leave it to the batch system)
 #   SHUTDOWN_TIMEOUT  seconds for the last step and the save (300)
 #   DRY_RUN=1         print the command and stop
 #   PYTHON            interpreter (.venv/bin/python of this checkout, else python3)
+#
+# Interfaces, threads, debugging and everything else that only clusters need: env.sh.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")/.." && pwd)
@@ -31,7 +33,6 @@ NNODES=${NNODES:-1}
 NODE_RANK=${NODE_RANK:-0}
 MASTER_ADDR=${MASTER_ADDR:-localhost}
 MASTER_PORT=${MASTER_PORT:-29400}
-SHUTDOWN_TIMEOUT=${SHUTDOWN_TIMEOUT:-300}
 
 # The run folder and the shards may be named by a variable or among the words; the words win.
 words=("$@")
@@ -51,18 +52,8 @@ if [ -z "${NPROC:-}" ]; then
   NPROC=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 2)')
 fi
 
-# Without a setting torchrun gives every rank one thread, and without torchrun every rank would take all cores.
-cores=$(nproc)
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / NPROC > 0 ? cores / NPROC : 1))}
-
-# Agents that share one store keep addresses of dead ranks after a restart: 7 of 15 trials ended badly, none of 13
-# with a store of its own for every round (docs/decisions.md).
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-
-# gloo and NCCL look the host name up to find their interface; where that gives 127.0.0.1, nodes never meet.
-if [ -n "${IFNAME:-}" ]; then
-  export GLOO_SOCKET_IFNAME=$IFNAME NCCL_SOCKET_IFNAME=$IFNAME
-fi
+# shellcheck disable=SC1091 # shellcheck reads env.sh by itself
+. "$here/launch/env.sh"
 
 # torchrun, with one line in place of its traceback where a rank fails.
 command=("$PYTHON" -m geopose_dist.torchrun --nnodes "$NNODES" --nproc-per-node "$NPROC")
@@ -72,15 +63,13 @@ else
   # is_host says outright who holds the store; by default the name in the endpoint is compared with the host's own,
   # which fails behind aliases and in network namespaces, and then every node waits for ever.
   command+=(--rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-id "${RDZV_ID:-geopose}")
-  command+=(--rdzv-conf "is_host=$((NODE_RANK == 0 ? 1 : 0))")
+  command+=(--rdzv-conf "is_host=$((NODE_RANK == 0 ? 1 : 0)),join_timeout=$MEET_TIMEOUT")
 fi
 [ -n "${LOCAL_ADDR:-}" ] && command+=(--local-addr "$LOCAL_ADDR")
 # A rank that leaves with 75 counts as a crash for torchrun, so its restarts are off unless asked for.
 command+=(--max-restarts "${MAX_RESTARTS:-0}")
-# USR1 and USR2 are what batch systems send ahead of the end; by default torchrun would die of them at once.
-command+=(--signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2")
-# Longer than a step and a save: torchrun kills the ranks after it (by default after 30 s).
-command+=(--shutdown-timeout "$SHUTDOWN_TIMEOUT")
+command+=(--signals-to-handle "$HANDLED_SIGNALS" --shutdown-timeout "$SHUTDOWN_TIMEOUT")
+[ "$NUMA_BINDING" != none ] && command+=(--numa-binding "$NUMA_BINDING")
 # What each rank says: on the console behind its name, and in a file of its own below the run folder.
 # shellcheck disable=SC2016 # torchrun puts the rank in, not the shell
 [ "$((NPROC * NNODES))" -gt 1 ] && command+=(--tee 3 --log-dir "$OUT/logs" --log-line-prefix-template '[rank ${rank}] ')
@@ -99,11 +88,30 @@ fi
 command+=("$@")
 
 if [ -n "${DRY_RUN:-}" ]; then
-  printf 'OMP_NUM_THREADS=%s TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1' "$OMP_NUM_THREADS"
-  printf ' %q' "${command[@]}"
+  print_settings
+  printf '%q ' "${command[@]}"
   printf '\n'
   exit 0
 fi
+
+# torchrun gives up on node 0 after a minute, and says little. So this node waits for it here, and says for what.
+meet() {
+  local why until=$((SECONDS + MEET_TIMEOUT)) told=$SECONDS
+  trap 'echo "launch/torchrun.sh: stopped while waiting for node 0; nothing had begun" >&2; exit 75' TERM INT HUP USR1 USR2
+  while ! why=$(timeout 5 bash -c ": >/dev/tcp/$MASTER_ADDR/$MASTER_PORT" 2>&1); do
+    why=${why%%$'\n'*} why=${why#bash: line 1: } # its first line is the reason, the second repeats the address
+    why="node $NODE_RANK reaches nobody at $MASTER_ADDR:$MASTER_PORT (${why:-no answer within 5 s})"
+    if [ "$SECONDS" -ge "$until" ]; then
+      echo "launch/torchrun.sh: $why, $MEET_TIMEOUT s long; is node 0 started, MASTER_ADDR its address, and the port open?" >&2
+      exit 1
+    elif [ "$SECONDS" -ge "$told" ]; then
+      echo "launch/torchrun.sh: $why; waiting for it" >&2
+      told=$((SECONDS + 60))
+    fi
+    sleep 1
+  done
+}
+[ "$NNODES" = 1 ] || [ "$NODE_RANK" = 0 ] || meet
 
 # torchrun runs in the background because bash acts on a signal only between commands, and `wait` is one that a
 # signal ends. Every signal becomes SIGTERM: save, then leave. torchrun ignores none of them (see above).

@@ -1,6 +1,7 @@
 """Launch files: clean shell, the promised command, and exit codes that a batch system can act on."""
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = ROOT / "launch" / "torchrun.sh"
-SCRIPTS = [*sorted(ROOT.glob("launch/*.sh")), *sorted(ROOT.glob("tools/*.sh")), ROOT / ".ci" / "run"]
+SCRIPTS = [
+    *sorted(ROOT.glob("launch/**/*.sh")),
+    ROOT / "launch" / "slurm.sbatch",
+    *sorted(ROOT.glob("tools/*.sh")),
+    ROOT / ".ci" / "run",
+]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -26,7 +32,7 @@ def test_shell_is_clean(script: Path) -> None:
 def dry(*words: str, **variables: str) -> list[str]:
     environment = {**os.environ, "DRY_RUN": "1", **variables}
     done = subprocess.run([TORCHRUN, *words], env=environment, capture_output=True, text=True, check=True)
-    return done.stdout.split()
+    return shlex.split(done.stdout)
 
 
 def test_without_variables_one_node_and_the_smoke_recipe() -> None:
@@ -47,12 +53,12 @@ def test_nodes_meet_at_the_named_address() -> None:
         ("--nnodes", "2"),
         ("--rdzv-endpoint", "host0:29400"),
         ("--rdzv-id", "job7"),
-        ("--rdzv-conf", "is_host=1"),
+        ("--rdzv-conf", "is_host=1,join_timeout=900"),
         ("--local-addr", "10.0.0.1"),
     ):
         assert first[first.index(option) + 1] == value
     second = dry(NPROC="8", NNODES="2", NODE_RANK="1", MASTER_ADDR="host0")
-    assert second[second.index("--rdzv-conf") + 1] == "is_host=0"
+    assert second[second.index("--rdzv-conf") + 1] == "is_host=0,join_timeout=900"
 
 
 def test_words_go_to_train_and_win_over_variables() -> None:
