@@ -116,7 +116,7 @@ VERBS: dict[str, Verb] = {
     ),
     "bench": Verb(
         "measure kernels, loader and step, each beside its baseline",
-        "geopose_dist.bench.harness:BenchRecipe",
+        "geopose_dist.bench.recipe:BenchRecipe",
         "geopose_dist.bench.harness:run",
         positional="cases",
     ),

@@ -2,10 +2,11 @@
 
 import inspect
 import json
+import math
 import os
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 from geopose_dist import cli
 from geopose_dist.bench import harness, machine
+from geopose_dist.bench.recipe import BenchRecipe
 from geopose_dist.errors import UserError
 
 
@@ -35,7 +37,7 @@ def beside_a_baseline() -> list[dict[str, Any]]:
     ]
 
 
-def reads(shards: str, recipe: harness.BenchRecipe) -> dict[str, Any]:
+def reads(shards: str, recipe: BenchRecipe) -> dict[str, Any]:
     return {"tiles_per_s": 1.0, "spread": 0.0, "shards": shards, "verdict": "it reads"}
 
 
@@ -101,11 +103,104 @@ def test_unknown_and_unable_cases_are_refused(capsys: pytest.CaptureFixture[str]
 
 def test_median_and_spread() -> None:
     found = harness.timing([1.0, 2.0, 3.0, 4.0, 100.0])
-    assert (found.median_s, found.spread) == (3.0, pytest.approx(1 / 3))  # one outlier does not move them
+    assert (found.median_s, found.spread) == (3.0, pytest.approx(99 / 2 / 3))  # five repeats hide no outlier
+    assert harness.timing([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 100.0]).spread == pytest.approx(6 / 2 / 5)
     assert harness.timing([2.0]).spread == 0.0
     calls: list[int] = []
     harness.measure(lambda: calls.append(1), repeats=4, warm_up=2)
     assert len(calls) == 6
+
+
+@pytest.mark.parametrize("count", [5, 7, 9, 15])
+def test_the_spread_holds_the_true_median(count: int) -> None:
+    """Of crooked noise, too: at least 93 of 100 intervals do, and they are no wider than that takes."""
+    rng = np.random.Generator(np.random.Philox(count))
+    runs = rng.lognormal(0.0, 1.0, (4000, count))
+    spare = harness.spare_at_an_end(count)
+    ordered = np.sort(runs, axis=1)
+    assert ((ordered[:, spare] <= 1) & (ordered[:, -1 - spare] >= 1)).mean() > 0.925
+    narrower = (ordered[:, spare + 1] <= 1) & (ordered[:, -2 - spare] >= 1)
+    assert narrower.mean() < 0.93
+    # The median of another run lies as near as both spreads say.
+    medians, spreads = zip(*((t.median_s, t.spread) for t in map(harness.timing, runs.tolist())), strict=True)
+    off = np.abs(np.log(np.array(medians[::2]) / np.array(medians[1::2])))
+    assert (off <= np.array(spreads[::2]) + np.array(spreads[1::2])).mean() > 0.97
+
+
+def test_one_repeat_has_no_spread(tmp_path: Path) -> None:
+    assert bench(tmp_path, "plain", "--repeats", "1")["results"][0]["spread"] is None
+
+
+def test_a_wrong_output_is_told_and_the_other_cases_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def half() -> Iterator[dict[str, Any]]:
+        yield {"tiles_per_s": 5.0, "spread": 0.1}
+        harness.check(False, "the second answer is 7, wanted 8")
+
+    monkeypatch.setattr(harness, "collect", lambda: {"half": half, "plain": plain})
+    out = tmp_path / "bench.json"
+    assert cli.main(["bench", "--json", str(out)]) == 1
+    assert "1 of 2 cases failed:\n  half: wrong output: the second answer is 7" in capsys.readouterr().err
+    facts = json.loads(out.read_text())
+    assert [row["case"] for row in facts["results"]] == ["half", "plain"]
+    assert len(facts["failed"]) == 1
+
+
+def test_what_was_measured_is_kept_when_the_machine_gives_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies() -> Iterator[dict[str, Any]]:
+        yield {"tiles_per_s": 5.0, "spread": 0.1}
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(harness, "collect", lambda: {"dies": dies})
+    with pytest.raises(RuntimeError):
+        cli.main(["bench", "dies", "--json", str(tmp_path / "bench.json")])
+    assert len(json.loads((tmp_path / "bench.json").read_text())["results"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"speedup": 1e6}, "speedup 1e+06"),
+        ({"ratio": 0.0}, "ratio 0"),
+        ({"tiles_per_s": -1.0}, "tiles_per_s -1"),
+        ({"ms": math.nan}, "ms nan"),
+    ],
+)
+def test_quick_refuses_what_no_measurement_gives(
+    row: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(harness, "collect", lambda: {"odd": lambda: dict(row)})
+    assert cli.main(["bench", "odd", "--quick", "true"]) == 1
+    assert said in capsys.readouterr().err
+    assert cli.main(["bench", "odd"]) == 0
+
+
+SIDE = 1024
+QUICK = {"SIDE": 64}
+
+
+def test_quick_sizes_end_with_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(harness, "collect", lambda: {"sized": sized(seen)})
+    for words in (["--quick", "true"], []):
+        assert cli.main(["bench", "sized", *words]) == 0
+    assert seen == [64, 1024]
+
+
+def sized(seen: list[int]) -> Callable[[], dict[str, Any]]:
+    def case() -> dict[str, Any]:
+        seen.append(SIDE)
+        return {"ms": 1.0}
+
+    return case
+
+
+def test_a_copy_is_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GEOPOSE_COMMIT", "abc+")
+    assert machine.commit() == ("abc", True)
 
 
 def test_pinning_ends_with_the_block() -> None:

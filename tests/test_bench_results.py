@@ -26,7 +26,7 @@ def results(path: Path, rows: list[dict[str, Any]], cpu: str = "a processor") ->
     return path
 
 
-def row(rate: float, spread: float = 0.02, codec: str = "qoi", **more: Any) -> dict[str, Any]:
+def row(rate: float, spread: float | None = 0.02, codec: str = "qoi", **more: Any) -> dict[str, Any]:
     return {"case": "loader", "codec": codec, "tiles_per_s": rate, "spread": spread, **more}
 
 
@@ -49,6 +49,27 @@ def test_a_difference_counts_only_beyond_both_spreads() -> None:
 def test_less_is_better_for_times() -> None:
     (one,) = compare.compare([{"case": "k", "ms": 10.0}], [{"case": "k", "ms": 5.0}])
     assert (one["ratio"], one["verdict"]) == (2.0, "better")
+
+
+def test_one_repeat_judges_nothing_and_a_ratio_has_its_baselines_noise_too() -> None:
+    (alone,) = compare.compare([row(100.0, spread=None)], [row(1.0)])
+    assert alone["verdict"].startswith("unknown")
+    beside = [
+        {"case": "k", "ms": 1.0, "speedup": ratio, "ratio": ratio, "spread": 0.02, "baseline_spread": 0.1}
+        for ratio in (1.0, 1.2)
+    ]
+    noises = {one["quantity"]: one["noise"] for one in compare.compare(beside[:1], beside[1:])}
+    assert noises == {"speedup": pytest.approx(0.24), "ms": pytest.approx(0.04)}
+
+
+def test_compare_can_be_told_to_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [results(tmp_path / f"{rate}.json", [row(rate)]) for rate in (100.0, 101.0, 120.0)]
+    assert cli.main(["bench", "compare", str(files[0]), str(files[1]), "--check", "true"]) == 0
+    assert cli.main(["bench", "compare", str(files[0]), str(files[2]), "--check", "true"]) == 1
+    assert (
+        "loader, tiles_per_s: 100 and 120 differ by 20%, more than both spreads, 4%"
+        in capsys.readouterr().err
+    )
 
 
 def test_compare_writes_json_and_warns_of_other_machines(
@@ -98,6 +119,13 @@ def test_tables_are_made_from_results(tmp_path: Path) -> None:
     assert made.startswith("text\n")
     assert made.endswith("<!-- end -->\nmore\n")
     assert tables.filled(made, tmp_path) == made
+
+
+def test_titles_may_hold_the_words_of_the_block_itself(tmp_path: Path) -> None:
+    results(tmp_path / "r.json", [row(2.0, speedup=4.0), {**row(1.0), "case": "other"}])
+    block = "<!-- table r.json: speedup as times as fast as it, tiles_per_s as rate where it counts where loader -->"
+    made = tables.filled(f"{block}\n<!-- end -->\n", tmp_path)
+    assert "| times as fast as it | rate where it counts |\n|--:|--:|\n| 4 | 2 |\n" in made
 
 
 def test_a_page_that_says_something_else_fails_the_check(

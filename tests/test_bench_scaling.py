@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from geopose_dist import cli, config
-from geopose_dist.bench import cases_scaling, harness
+from geopose_dist.bench import cases_scaling, harness, recipe
 from geopose_dist.bench.scaling_model import Exchange, Fit, Network, Point, fit, least_squares, quicker
 from geopose_dist.train.recipe import TrainRecipe
 
@@ -103,7 +103,7 @@ def test_ranks_of_a_node_share_its_link_once() -> None:
 
 
 def test_costs_count_whole_nodes() -> None:
-    asked = harness.ScalingRecipe(gpus_per_node=8, price_per_node_hour=36.0)
+    asked = recipe.ScalingRecipe(gpus_per_node=8, price_per_node_hour=36.0)
     assert cases_scaling.cost(asked, 9, 100.0) == pytest.approx(2.0)
 
 
@@ -170,7 +170,7 @@ def measured_on_hosts(recipe: TrainRecipe, mbit: float, folder: Path) -> dict[st
 
 
 @pytest.mark.multihost
-@pytest.mark.slow
+@pytest.mark.soak
 def test_left_out_links_and_models_are_told_within_the_stated_error(tmp_path: Path) -> None:
     """Two hosts x two sizes of network x 100 Mbit, 1 and 10 Gbit: each point is told by a fit to the others."""
     sizes = {"small": "[16,16,8,8,8]", "large": "[256,128,64,32,16]"}

@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from geopose_dist.bench.harness import AccuracyRecipe, BenchRecipe, Row
+from geopose_dist.bench.harness import Row
+from geopose_dist.bench.recipe import AccuracyRecipe, BenchRecipe
 from geopose_dist.errors import FinishedWithFailures, UserError
 
 PREDICT_CONFIG = {"cpu": "predict/cpu", "cuda": "predict/gpu"}

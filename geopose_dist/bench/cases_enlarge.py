@@ -16,7 +16,8 @@ import cv2
 import numpy as np
 
 from geopose_dist import geometry
-from geopose_dist.bench.harness import BenchRecipe, Row
+from geopose_dist.bench.harness import Row
+from geopose_dist.bench.recipe import BenchRecipe
 from geopose_dist.data import resample
 from geopose_dist.data.sample import U8
 from geopose_dist.errors import UserError

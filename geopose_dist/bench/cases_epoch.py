@@ -25,7 +25,8 @@ import torch
 from geopose_dist import pool
 from geopose_dist.augment import transform_of
 from geopose_dist.bench import verdicts
-from geopose_dist.bench.harness import BenchRecipe, Row, Timing, timing
+from geopose_dist.bench.harness import Row, Timing, timing
+from geopose_dist.bench.recipe import BenchRecipe
 from geopose_dist.data.batch import Batch, to_device
 from geopose_dist.data.loader import TrainLoader, train_loader
 from geopose_dist.data.reader import Reader, open_shards

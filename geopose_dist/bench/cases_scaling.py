@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from geopose_dist import config
-from geopose_dist.bench.harness import BenchRecipe, Row, ScalingRecipe
+from geopose_dist.bench.harness import Row
+from geopose_dist.bench.recipe import BenchRecipe, ScalingRecipe
 from geopose_dist.bench.scaling_model import Exchange, Fit, Network, Point, fit
 from geopose_dist.errors import FinishedWithFailures
 from geopose_dist.pool import usable_cores

@@ -3,20 +3,21 @@
 A case is a function in some `bench/cases_*.py`, listed there in `CASES` by its name; it gets those of
 `repeats`, `shards`, `run` (a training recipe) and `recipe` (all of it) that it asks for and returns one row
 or several: dicts with `case`, `tiles_per_s` and `spread`, or whatever unit it measures, and `baseline` and
-`speedup` where it stands beside one. The harness keeps libraries to one thread (the quantity that scales),
-prints a table, writes the JSON.
+`speedup` where it stands beside one. Each checks its output against a reference once (`check`); one whose output
+is wrong has no rate to tell, and the exit code is 1. The harness keeps libraries to one thread (the quantity that
+scales), prints a table, and writes the JSON anew after each row, so that what was measured is kept.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import difflib
 import gc
 import importlib
 import inspect
 import json
+import math
 import os
 import pkgutil
 import shlex
@@ -24,14 +25,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import yaml
-
-from geopose_dist import config, files
-from geopose_dist.errors import UserError
+from geopose_dist import files
+from geopose_dist.bench.recipe import BenchRecipe
+from geopose_dist.errors import FinishedWithFailures, UserError
 from geopose_dist.train.recipe import TrainRecipe
 
 Row = dict[str, Any]
@@ -44,132 +44,12 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS
 
 
 @dataclass(frozen=True)
-class BenchData:
-    """What the cases read."""
-
-    shards: str | None = None
-    """Folder or URL of shards, for the cases that read them."""
-    checkpoint: str = ""
-    """Run folder or .safetensors file, for enlarge."""
-    tiles: str = ""
-    """Labelled tiles that the checkpoint has not seen, for enlarge."""
-
-
-@dataclass(frozen=True)
-class ScalingRecipe:
-    """The cluster that scaling predicts."""
-
-    ranks: int = 0
-    """Most ranks measured on this machine; 0: one per GPU, or two without any."""
-    predict: tuple[int, ...] = (8, 64, 512, 4096)
-    """Numbers of ranks (GPUs) to predict."""
-    network_gbit: float = 400.0
-    """Bandwidth of a node's link, gigabits per second."""
-    latency_us: float = 5.0
-    """Latency of a message between nodes, microseconds."""
-    gpus_per_node: int = 8
-    """Ranks that share a node and its link."""
-    price_per_node_hour: float = 0.0
-    """Price of a node for an hour, in any currency; 0: no costs are told."""
-
-    def __post_init__(self) -> None:
-        if self.ranks < 0 or self.gpus_per_node < 1 or not all(ranks > 0 for ranks in self.predict):
-            raise ValueError(
-                f"scaling.ranks is {self.ranks}, gpus_per_node {self.gpus_per_node}, predict {list(self.predict)}; "
-                "wanted positive numbers (0 ranks: as many as there are)"
-            )
-        if not (self.network_gbit > 0 and self.latency_us >= 0 and self.price_per_node_hour >= 0):
-            raise ValueError(
-                f"scaling.network_gbit is {self.network_gbit}, latency_us {self.latency_us}, price_per_node_hour "
-                f"{self.price_per_node_hour}; wanted a bandwidth above 0, and neither of the others negative"
-            )
-
-
-@dataclass(frozen=True)
-class AccuracyRecipe:
-    """The runs that accuracy compares."""
-
-    recipes: tuple[str, ...] = ()
-    """Training recipes, such as [train/base, train/benchmark]."""
-    overlay: str = ""
-    """Recipe laid over each of them, such as hardware/cpu."""
-    options: tuple[str, ...] = ()
-    """Further words for each `geopose train`."""
-    length: str = "750 steps"
-    """Length of each run."""
-    seeds: int = 3
-    """Runs of each recipe, with the seeds 0, 1, ..."""
-    source: str = ""
-    """Tiles to predict, of places that training never saw."""
-    truth: str = ""
-    """Folder of their true heights and poses."""
-    work: str = "runs/accuracy"
-    """Folder for the runs; those that are finished are not run again."""
-
-    def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise ValueError(f"accuracy.seeds is {self.seeds}; wanted at least 1")
-
-
-@dataclass(frozen=True)
-class BenchRecipe:
-    """Which measurements to take."""
-
-    cases: list[str] = field(default_factory=list)
-    """Names of the cases, as words before the first option; none: all that can run. Instead of cases:
-    `compare A.json B.json`, `plot A.json ... --out FIGURE.png`, `tables [--check]` (of PERFORMANCE.md)."""
-    json: Path | None = None
-    """File for the results with machine, commit, command and date."""
-    repeats: int = 5
-    """How often each quantity is measured; the median is told, and the spread beside it."""
-    threads: int = 1
-    """Threads of each library inside a process; 0 leaves them as they are."""
-    data: BenchData = field(default_factory=BenchData)
-    """What the cases read."""
-    run: TrainRecipe = field(default_factory=TrainRecipe)
-    """The training recipe that epoch and step measure; --config train/base lays it here."""
-    steps: int = 10
-    """Optimiser steps of one measurement of epoch and step."""
-    scaling: ScalingRecipe = field(default_factory=ScalingRecipe)
-    """The cluster that scaling predicts."""
-    accuracy: AccuracyRecipe = field(default_factory=AccuracyRecipe)
-    """The runs that accuracy compares."""
-    tiles: int = 5923
-    """Tiles of the epoch whose length is told; the challenge's training set has 5,923."""
-    out: Path | None = None
-    """Figure that plot draws: .png, .pdf or .svg."""
-    page: Path = Path("PERFORMANCE.md")
-    """Page whose tables are made by tables."""
-    check: bool = False
-    """With tables: change nothing, and fail if the page says something else than the results."""
-    of_training: bool = False
-    """Set by a training recipe given as --config."""
-
-    ALIASES: ClassVar[Mapping[str, str]] = {"shards": "data.shards"}
-
-    def __post_init__(self) -> None:
-        if self.repeats < 1:
-            raise ValueError(f"--repeats is {self.repeats}; wanted at least 1")
-        if self.threads < 0:
-            raise ValueError(f"--threads is {self.threads}; wanted 0 (as they are) or more")
-        if self.steps < 1 or self.tiles < 1:
-            raise ValueError(f"--steps is {self.steps}, --tiles {self.tiles}; wanted at least 1 of each")
-
-    @staticmethod
-    def adapt_config(path: Path) -> str:
-        """A training recipe becomes the `run` of the benchmark; a file of the benchmark's own stays."""
-        text, values = config.read_file(path)
-        own = {f.name for f in dataclasses.fields(BenchRecipe)} - {"data"}
-        if not isinstance(values, dict) or own & values.keys():
-            return text
-        return yaml.safe_dump({"run": values, "of_training": True})
-
-
-@dataclass(frozen=True)
 class Timing:
     """Seconds of one call: the median over repeats, and the spread as a share of it.
 
-    The spread is half the distance between the quartiles (below four repeats: half the range) over it.
+    The spread is half the width of the interval of measured values that holds the true median with 93 % or more,
+    whatever the noise looks like (below five repeats: all there are). Up to eight repeats that is from the
+    fastest to the slowest, outliers included; more repeats narrow it.
     """
 
     median_s: float
@@ -196,12 +76,29 @@ def measure(call: Callable[[], object], repeats: int, warm_up: int = 1) -> Timin
 
 def timing(seconds: list[float]) -> Timing:
     """Median and spread of measured seconds; see `Timing`."""
-    median = statistics.median(seconds)
-    if len(seconds) >= 4:
-        low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
-    else:
-        low, high = min(seconds), max(seconds)
+    ordered, median = sorted(seconds), statistics.median(seconds)
+    left_out = spare_at_an_end(len(ordered))
+    low, high = ordered[left_out], ordered[-1 - left_out]
     return Timing(median, (high - low) / 2 / median if median > 0 else 0.0)
+
+
+def spare_at_an_end(count: int) -> int:
+    """How many of the lowest, and of the highest, of `count` values the median's interval can do without.
+
+    The true median lies below the lowest k + 1 of n values with the chance that at most k of n coins show heads.
+    """
+    spare, chances = 0, 1
+    for k in range(1, (count + 1) // 2):
+        chances += math.comb(count, k)
+        if 2 * chances <= 2**count / 16:
+            spare = k
+    return spare
+
+
+def check(right: bool, sentence: str) -> None:
+    """FinishedWithFailures with the sentence if a case's output is not its reference's."""
+    if not right:
+        raise FinishedWithFailures(f"wrong output: {sentence}")
 
 
 @contextlib.contextmanager
@@ -274,12 +171,15 @@ def _requires(case: Case, argument: str) -> bool:
     return parameter is not None and parameter.default is inspect.Parameter.empty
 
 
-def rows_of(name: str, case: Case, offered: Mapping[str, object]) -> list[Row]:
-    """Run one case with the arguments that it asks for; every row names its case."""
+def rows_of(name: str, case: Case, offered: Mapping[str, object]) -> Iterator[Row]:
+    """Run one case with the arguments that it asks for, row by row; every row names its case."""
     wanted = inspect.signature(case).parameters
     result = case(**{key: value for key, value in offered.items() if key in wanted})
-    rows = [result] if isinstance(result, Mapping) else list(result)
-    return [{"case": name, **row} for row in rows]
+    for row in [result] if isinstance(result, Mapping) else result:
+        told = {"case": name, **row}
+        if told.get("repeats", offered.get("repeats")) == 1 and not told.get("spread"):
+            told["spread"] = None  # one measurement has none, which is not the same as 0
+        yield told
 
 
 def verdict(rows: list[Row]) -> str:
@@ -297,7 +197,7 @@ def run(recipe: BenchRecipe) -> None:
     if recipe.cases and recipe.cases[0] in ("compare", "plot", "tables"):
         work_on_results(recipe.cases[0], [Path(name) for name in recipe.cases[1:]], recipe)
         return
-    from geopose_dist.bench import machine
+    from geopose_dist.bench import machine, quick
 
     keep_to(recipe.threads)
     known = collect()
@@ -305,14 +205,13 @@ def run(recipe: BenchRecipe) -> None:
     training = recipe.run if recipe.of_training else None
     names = chosen(recipe.cases, known, shards, training)
     offered = {"repeats": recipe.repeats, "shards": shards, "recipe": recipe, "run": training}
-    rows: list[Row] = []
-    for name in names:
-        print(f"bench: {name} ...", file=sys.stderr, flush=True)
-        rows += rows_of(name, known[name], offered)
     commit, changed = machine.commit()
-    facts = {
+    rows: list[Row] = []
+    failed: list[str] = []
+    facts: dict[str, Any] = {
         "results": rows,
-        "verdict": verdict(rows),
+        "failed": failed,
+        "verdict": "",
         "machine": machine.describe(),
         "commit": commit,
         "changed_since_commit": changed,
@@ -320,10 +219,30 @@ def run(recipe: BenchRecipe) -> None:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "repeats": recipe.repeats,
         "threads": recipe.threads,
+        "spread_is": "interval of the median",
     }
-    if recipe.json is not None:
-        files.write_bytes(recipe.json, (json.dumps(facts, indent=1, default=_plain) + "\n").encode())
+    with quick.sizes(known[name] for name in names) if recipe.quick else contextlib.nullcontext():
+        for name in names:
+            print(f"bench: {name} ...", file=sys.stderr, flush=True)
+            try:
+                for row in rows_of(name, known[name], offered):
+                    rows.append(row)
+                    save(recipe.json, facts)
+                    if recipe.quick:
+                        quick.check_sane(row)
+            except FinishedWithFailures as error:
+                failed.append(f"{name}: {error}")
+                save(recipe.json, facts)
     _print_table(rows, facts)
+    if failed:
+        raise FinishedWithFailures("\n  ".join([f"{len(failed)} of {len(names)} cases failed:", *failed]))
+
+
+def save(path: Path | None, facts: dict[str, Any]) -> None:
+    """Write what is known so far, whole."""
+    facts["verdict"] = verdict(facts["results"])
+    if path is not None:
+        files.write_bytes(path, (json.dumps(facts, indent=1, default=_plain) + "\n").encode())
 
 
 def work_on_results(what: str, names: list[Path], recipe: BenchRecipe) -> None:
@@ -340,6 +259,8 @@ def work_on_results(what: str, names: list[Path], recipe: BenchRecipe) -> None:
         rows = compare.run(names)
         if recipe.json is not None:
             files.write_bytes(recipe.json, (json.dumps({"results": rows}, indent=1) + "\n").encode())
+        if recipe.check:
+            compare.must_agree(rows)
 
 
 def _plain(value: object) -> object:
@@ -351,6 +272,8 @@ def _print_table(rows: list[Row], facts: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    if not rows:
+        return
     columns = list(dict.fromkeys(key for row in rows for key in row if key != "verdict"))
     alike = shared_facts(rows)
     columns = [column for column in columns if column not in alike]
@@ -382,4 +305,6 @@ def shared_facts(rows: list[Row]) -> Row:
 
 
 def _shown(value: object) -> str:
+    if value is None:
+        return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

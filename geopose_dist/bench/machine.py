@@ -90,7 +90,12 @@ def describe() -> dict[str, Any]:
 
 
 def commit() -> tuple[str, bool]:
-    """The checkout's commit, and whether its tracked files differ from it; "unknown" outside a checkout."""
+    """The checkout's commit, and whether its tracked files differ from it; "unknown" outside a checkout.
+
+    A copy of a checkout without its .git is told the commit by GEOPOSE_COMMIT, with a + behind it for changes.
+    """
+    if told := os.environ.get("GEOPOSE_COMMIT"):
+        return told.removesuffix("+"), told.endswith("+")
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return "unknown", False

@@ -19,7 +19,8 @@ from geopose_dist.errors import FinishedWithFailures, UserError
 
 RESULTS = Path(__file__).parent / "results"
 BLOCK = re.compile(
-    r"(?P<open><!-- table (?P<file>[\w.-]+\.json): (?P<columns>[^>]+?)(?: where (?P<case>[^>]+?))? -->\n)"
+    r"(?P<open><!-- table (?P<file>[\w.-]+\.json): (?P<columns>[^>]+?)"
+    r"(?: where (?P<case>(?:(?! where )[^>])+?))? -->\n)"
     r".*?(?P<close><!-- end -->)",
     re.DOTALL,
 )
@@ -42,8 +43,8 @@ def _fill(block: re.Match[str], results: Path) -> str:
 
 
 def table(rows: list[dict[str, Any]], columns: str, where: str) -> str:
-    """Rows as Markdown; `columns` is `name, name as title, ...`."""
-    wanted = [[part.strip() for part in column.split(" as ")] for column in columns.split(",")]
+    """Rows as Markdown; `columns` is `name, name as title, ...`; a title may hold the word "as", but no comma."""
+    wanted = [[part.strip() for part in column.split(" as ", 1)] for column in columns.split(",")]
     for name, *_ in wanted:
         if not any(name in row for row in rows):
             raise UserError(f"{where} has no column {name}; it has {', '.join(sorted(rows[0]))}")
@@ -75,6 +76,9 @@ def below(facts: Mapping[str, Any]) -> str:
     machine = facts["machine"]
     gpus = ", ".join(gpu["name"] for gpu in machine.get("gpus", [])) or "no GPU"
     changed = ", with changes" if facts.get("changed_since_commit") else ""
+    old = "spread_is" not in facts and facts.get("repeats", 0) >= 4
+    if old and any("spread" in row for row in facts["results"]):
+        changed += "; spread: half the quartiles' distance"
     command = re.sub(r"(--(?:json|shards|data\.shards|out)[ =])\S*/", r"\1", facts["command"])
     return (
         f"\n`{command}`: {machine['cpu']}, {machine['cores']} cores, {gpus}; {facts['date']}; "
