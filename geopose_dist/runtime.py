@@ -24,6 +24,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from geopose_dist.errors import UserError
+from geopose_dist.meeting import Meeting
 
 TIMEOUT_S = 600.0
 """How long a collective may wait for a lost peer, if nothing else is asked for."""
@@ -103,10 +104,17 @@ class World:
 
 
 @contextmanager
-def join_world(device: Device, timeout_s: float = TIMEOUT_S) -> Iterator[World]:
+def join_world(
+    device: Device,
+    timeout_s: float = TIMEOUT_S,
+    *,
+    prepare: Callable[[Meeting], None] = lambda _: None,
+    stopped: Callable[[], str] = lambda: "",
+) -> Iterator[World]:
     """Join the ranks that torchrun started, or be a world of one; leaves the process group at the end.
 
-    `timeout_s` is how long a collective waits for a rank that does not come.
+    `timeout_s` is how long a collective waits for a rank that does not come. `prepare` is what every rank does
+    before there is a group, when nothing times out yet; `stopped` says there why this process was asked to stop.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -119,11 +127,13 @@ def join_world(device: Device, timeout_s: float = TIMEOUT_S) -> Iterator[World]:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // local_size))
     if size == 1:
+        prepare(Meeting(rank, size, stopped=stopped))
         yield World(rank, size, local_rank, local_size, chosen)
         return
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     timeout = datetime.timedelta(seconds=timeout_s)
     store, _, _ = next(rendezvous("env://", rank, size, timeout=MEETING_TIMEOUT))
+    prepare(Meeting(rank, size, PrefixStore("meeting", store), timeout_s, stopped))
     dist.init_process_group(
         backend,
         store=PrefixStore("group", store),
