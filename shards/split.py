@@ -3,6 +3,8 @@
 The same ground is seen in 20 to 40 tiles; a split of tiles leaks (a challenge team scored .925 on its own
 split and .873 on the leaderboard). So places are split, city by city: each city with two places or more is in
 both sets, which the score needs, and each keeps the wanted share of its tiles as closely as whole places allow.
+Places are told by the dataset, by a file of groups, or found by the tiles' looks (`shards.similarity`). `leak` makes
+the split that one should not make, to measure what it does.
 """
 
 from __future__ import annotations
@@ -10,13 +12,14 @@ from __future__ import annotations
 import json
 import sys
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from geopose_dist.errors import FoundProblems, UserError
+from shards.similarity_recipe import SimilarityRecipe
 
 if TYPE_CHECKING:
     from shards.layouts import Tile
@@ -29,29 +32,32 @@ class SplitRecipe:
     source: str = ""
     """Dataset, as for `geopose pack`."""
     by: str = "place"
-    """`place`: the places that the dataset's places.csv (id, place) names; or a JSON file
-    {"group": [keys, ...], ...} that groups tiles by place."""
+    """`place`: the places that the dataset's places.csv (id, place) names; `similarity`: tiles that look like views of
+    one place; or a JSON file {"group": [keys, ...], ...} that groups tiles by place, as clusters.json does."""
     out: str = ""
-    """File to write: {"train": [keys], "val": [keys]}. With folds, NAME-0.json, NAME-1.json, ... beside it."""
+    """File to write: {"train": [keys], "val": [keys]}. With folds, NAME-0.json, NAME-1.json, ... beside it. With
+    `--by similarity` also NAME.groups.json, the places found, which --by takes the next time."""
     val_share: float = 0.2
     """Share of each city's tiles to validate on."""
     seed: int = 0
     """Key of the choice of places."""
     folds: int = 0
     """Write this many splits instead, so that each place is validated on in exactly one of them."""
+    leak: bool = False
+    """Train on every second tile of each validation place, to measure what that does to the score. Never for results:
+    the other tiles, which stay for validation, are in the same command's validation set without --leak, too."""
+    similarity: SimilarityRecipe = field(default_factory=SimilarityRecipe)
+    """How tiles are compared by `--by similarity`."""
 
     def __post_init__(self) -> None:
         if not self.source or not self.out:
             raise ValueError("--source and --out are wanted: a dataset to split, and the file to write")
-        if self.by == "similarity":
-            raise ValueError(
-                "--by similarity (finding views of one place by their looks) is not offered yet; wanted `place` or a "
-                "JSON file of groups"
-            )
         if not 0 < self.val_share < 1:
             raise ValueError(f"--val-share is {self.val_share}; wanted above 0 and below 1")
         if self.folds == 1 or self.folds < 0 or self.seed < 0:
             raise ValueError("--folds is at least 2 (or 0 for one split), --seed at least 0")
+        if self.leak and self.folds:
+            raise ValueError("--leak makes one split to measure leak by; wanted it without --folds")
 
 
 def run(recipe: SplitRecipe) -> None:
@@ -75,6 +81,8 @@ def run(recipe: SplitRecipe) -> None:
             "train": sorted(tile.key for tile in tiles if place_of[tile.key] not in val_places),
             "val": sorted(tile.key for tile in tiles if place_of[tile.key] in val_places),
         }
+        if recipe.leak:
+            split = leaked(split, place_of)
         files.write_bytes(path, (json.dumps(split, indent=1) + "\n").encode())
         print(f"{path}: {_in_words(split, place_of, tiles)}")
     alone = sorted(city for city, places in _by_city(tiles, place_of).items() if len(places) < 2)
@@ -83,6 +91,25 @@ def run(recipe: SplitRecipe) -> None:
             f"split: {', '.join(alone)}: one place only, which is for training; not validated",
             file=sys.stderr,
         )
+
+
+def leaked(split: dict[str, list[str]], place_of: dict[str, str]) -> dict[str, list[str]]:
+    """Every second validation tile of each place moved to training; says so on stderr (UserError: none can be)."""
+    by_place: dict[str, list[str]] = {}
+    for key in split["val"]:
+        by_place.setdefault(place_of[key], []).append(key)
+    moved = {key for keys in by_place.values() for key in keys[1::2]}
+    if not moved:
+        raise UserError(
+            "--leak: no validation place has two tiles, so none can be in both sets; leave --leak out"
+        )
+    kept = [key for keys in by_place.values() if len(keys) > 1 for key in keys[::2]]
+    print(
+        f"split: THIS SPLIT LEAKS: {len(kept)} validation tiles show places that training sees ({len(moved)} tiles "
+        "moved there), so scores on it are too good; it is for measuring that, not for results",
+        file=sys.stderr,
+    )
+    return {"train": sorted([*split["train"], *moved]), "val": sorted(kept)}
 
 
 def _is_labelled(tile: Tile) -> bool:
@@ -107,9 +134,12 @@ def _places(recipe: SplitRecipe, tiles: list[Tile]) -> dict[str, str]:
         if unknown:
             raise UserError(
                 f"{recipe.source}: the place of {len(unknown)} of {len(tiles)} tiles is not known ({unknown[0]}, ...); "
-                "wanted places.csv (id,place) in the dataset; add it, or give a JSON file of groups: --by FILE"
+                "wanted places.csv (id,place) in the dataset; add it, give a JSON file of groups: --by FILE, or let "
+                "them be found by their looks: --by similarity"
             )
         return {tile.key: str(tile.place) for tile in tiles}
+    if recipe.by == "similarity":
+        return _by_looks(recipe, tiles)
     groups = read_groups(Path(recipe.by))
     missing = [tile.key for tile in tiles if tile.key not in groups]
     if missing:
@@ -118,6 +148,25 @@ def _places(recipe: SplitRecipe, tiles: list[Tile]) -> dict[str, str]:
             missing,
         )
     return {tile.key: groups[tile.key] for tile in tiles}
+
+
+def _by_looks(recipe: SplitRecipe, tiles: list[Tile]) -> dict[str, str]:
+    """Place by key, found by image features; also written as NAME.groups.json (UserError)."""
+    from geopose_dist import files
+    from shards import similarity
+
+    out = Path(recipe.out)
+    scratch = out.with_name(f".{out.stem}.features")
+    found = similarity.find_places(tiles, scratch, recipe.similarity)
+    similarity.sum_up(found, tiles)
+    groups: dict[str, list[str]] = {}
+    for key, group in found.groups.items():
+        groups.setdefault(group, []).append(key)
+    path = out.with_name(f"{out.stem}.groups.json")
+    files.write_bytes(path, (json.dumps(groups, indent=1) + "\n").encode())
+    print(f"{path}: {len(groups)} places of {len(tiles)} tiles; --by {path} takes them again")
+    similarity.clear(scratch)
+    return found.groups
 
 
 def read_groups(path: Path) -> dict[str, str]:

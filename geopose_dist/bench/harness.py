@@ -37,7 +37,7 @@ from geopose_dist.train.recipe import TrainRecipe
 Row = dict[str, Any]
 Case = Callable[..., Any]
 
-BY_NAME_ONLY = ("accuracy", "enlarge", "scaling")
+BY_NAME_ONLY = ("accuracy", "enlarge", "leak", "scaling", "similarity", "transfer")
 """Cases that take long and want more than defaults: run when they are named."""
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLOSC_NTHREADS")
