@@ -21,9 +21,11 @@ class BenchData:
     shards: str | None = None
     """Folder or URL of shards, for the cases that read them."""
     checkpoint: str = ""
-    """Run folder or .safetensors file, for enlarge."""
+    """Run folder or .safetensors file, for enlarge and transfer."""
     tiles: str = ""
-    """Labelled tiles that the checkpoint has not seen, for enlarge."""
+    """Labelled tiles that the checkpoint has not seen, for enlarge; tiles of known places, for similarity and leak."""
+    pictures: str = ""
+    """Folder of real orthophotos, KEY_RGB.tif with heights KEY_AGL.tif, for similarity and transfer."""
 
 
 @dataclass(frozen=True)
