@@ -60,4 +60,5 @@ setup(
         },
     ),
     cmdclass={"build_py": BuildWithRecipes},
+    options={"build_ext": {"parallel": os.cpu_count()}},
 )

@@ -49,7 +49,8 @@ def test_a_killed_driver_goes_on_to_the_same_files(kind: str, tmp_path: Path) ->
     source = write_scene(tmp_path / "ARG_k.tif", pixels(1600, 1700))
     log, out = tmp_path / "log", tmp_path / "out"
     options = ("--workers", "2", "--dispatch", kind, "--net.window", "256")
-    undisturbed = start(source, tmp_path / "net.safetensors", tmp_path / "undisturbed", log, *options)
+    whole = (*options, "--dispatch", "process")  # without Ray's start, and nothing may depend on who works
+    undisturbed = start(source, tmp_path / "net.safetensors", tmp_path / "undisturbed", log, *whole)
     assert undisturbed.wait(timeout=300) == 0, log.read_text()
     first = start(source, tmp_path / "net.safetensors", out, log, *options)
     windows = out / ".geopose-predict" / "ARG_k" / "windows"
