@@ -2,8 +2,11 @@
 
     with two_hosts(mbit=1000) as (a, b):
         process = a.start([...], env)      # runs in the namespace, on this machine's disk
+        b.unplug()                         # and b.plug(); b.die() is a power cut
 
-Root and iproute2 are needed; `why_not()` says what is missing.
+Every host has a name of its own, which resolves on both. Root and iproute2 are needed; `why_not()` says what is
+missing. `two_hosts(delay_ms=..., loss=...)` puts a third namespace between them, in which tests/relay.py
+carries every packet, late or not at all: kernels without netem are common.
 """
 
 from __future__ import annotations
@@ -11,10 +14,17 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+
+RELAY = Path(__file__).with_name("relay.py")
+NAMES = Path("/etc/netns")
+"""`ip netns exec` mounts the files of NAMES/NAMESPACE over those of /etc."""
 
 
 @dataclass(frozen=True)
@@ -22,14 +32,16 @@ class Host:
     """One namespace.
 
     Attributes:
-        name: of the namespace. address: in the pair's network. interface: its end of the pair.
+        name: of the namespace and of the host. address: in the pair's network. interface: its end of the pair.
     """
 
     name: str
     address: str
     interface: str
 
-    def start(self, command: list[str], env: dict[str, str]) -> subprocess.Popen[str]:
+    def start(
+        self, command: list[str], env: dict[str, str], cwd: Path | None = None
+    ) -> subprocess.Popen[str]:
         """A process on this host; gloo and NCCL are told its interface."""
         env = {
             **os.environ,
@@ -37,15 +49,46 @@ class Host:
             "NCCL_SOCKET_IFNAME": self.interface,
             **env,
         }
-        words = ["ip", "netns", "exec", self.name, *command]
+        named = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', self.name]
         return subprocess.Popen(
-            words,
+            ["ip", "netns", "exec", self.name, *named, *command],
             env=env,
+            cwd=cwd,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
         )
+
+    def processes(self) -> dict[int, list[str]]:
+        """Process ids on this host, with the words of each."""
+        found: dict[int, list[str]] = {}
+        listed = subprocess.run(
+            ["ip", "netns", "pids", self.name], capture_output=True, text=True, check=False
+        )
+        for pid in listed.stdout.split():
+            with contextlib.suppress(OSError):  # one that has just ended
+                found[int(pid)] = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")[:-1]
+        return found
+
+    def kill(self) -> None:
+        """SIGKILL every process of this host; the kernel closes their connections, and the other host hears it."""
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def die(self) -> None:
+        """As a power cut does it: nothing more is heard of this host."""
+        self.unplug()
+        self.kill()
+
+    def unplug(self) -> None:
+        """Pull the cable."""
+        ip("-n", self.name, "link", "set", self.interface, "down")
+
+    def plug(self) -> None:
+        """Put the cable back."""
+        ip("-n", self.name, "link", "set", self.interface, "up")
 
 
 def why_not() -> str:
@@ -58,8 +101,9 @@ def why_not() -> str:
     made = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True, check=False)
     if made.returncode:
         return f"network namespaces are not permitted here: {made.stderr.strip()}"
+    named = subprocess.run(["ip", "netns", "exec", probe, "unshare", "--uts", "hostname", "gp"], check=False)
     subprocess.run(["ip", "netns", "del", probe], check=True)
-    return ""
+    return "hosts may not have names of their own here (unshare --uts)" if named.returncode else ""
 
 
 def ip(*words: str) -> None:
@@ -68,30 +112,74 @@ def ip(*words: str) -> None:
 
 
 @contextlib.contextmanager
-def two_hosts(mbit: float | None = None) -> Iterator[tuple[Host, Host]]:
-    """Two hosts joined by a link, limited to `mbit` megabits per second each way by tbf if given."""
+def two_hosts(
+    mbit: float | None = None, delay_ms: float = 0.0, loss: float = 0.0
+) -> Iterator[tuple[Host, Host]]:
+    """Two hosts joined by a link, limited to `mbit` megabits per second each way by tbf if given.
+
+    Packets come `delay_ms` later, and the share `loss` of them not at all, in each direction.
+    """
     mark = uuid.uuid4().hex[:6]
     hosts = tuple(Host(f"gp{mark}{end}", f"10.77.0.{n}", f"gp{mark}{end}") for n, end in ((1, "a"), (2, "b")))
+    relay = None
+    between = f"gp{mark}r"
     try:
         for host in hosts:
             ip("netns", "add", host.name)
-        ip("link", "add", hosts[0].interface, "type", "veth", "peer", "name", hosts[1].interface)
+            (NAMES / host.name).mkdir(parents=True)
+            lines = ["127.0.0.1 localhost", *(f"{one.address} {one.name}" for one in hosts)]
+            (NAMES / host.name / "hosts").write_text("\n".join(lines) + "\n")
+        if delay_ms or loss:
+            ip("netns", "add", between)
+            for host in hosts:
+                join(host.name, host.interface, between, f"{host.interface}r")
+        else:
+            join(hosts[0].name, hosts[0].interface, hosts[1].name, hosts[1].interface)
         for host in hosts:
-            ip("link", "set", host.interface, "netns", host.name)
             ip("-n", host.name, "addr", "add", f"{host.address}/24", "dev", host.interface)
-            ip("-n", host.name, "link", "set", host.interface, "up")
             ip("-n", host.name, "link", "set", "lo", "up")
             if mbit is not None:
                 limit(host, mbit)
+        if delay_ms or loss:
+            ends = [f"{host.interface}r" for host in hosts]
+            words = [sys.executable, str(RELAY), *ends, str(delay_ms), str(loss)]
+            for host in hosts:  # else packets arrive joined to 64 KiB, and without checksums
+                inside = [
+                    "ip",
+                    "netns",
+                    "exec",
+                    host.name,
+                    sys.executable,
+                    str(RELAY),
+                    "--plain",
+                    host.interface,
+                ]
+                subprocess.run(inside, check=True)
+            relay = subprocess.Popen(
+                ["ip", "netns", "exec", between, *words], stdout=subprocess.PIPE, text=True
+            )
+            assert relay.stdout is not None
+            assert relay.stdout.readline() == "ready\n"
         yield hosts[0], hosts[1]
     finally:
+        if relay is not None:
+            relay.kill()
+            relay.communicate()
         for host in hosts:
-            for pid in subprocess.run(
-                ["ip", "netns", "pids", host.name], capture_output=True, text=True, check=False
-            ).stdout.split():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid), 9)
+            host.kill()
             subprocess.run(["ip", "netns", "del", host.name], capture_output=True, check=False)
+            shutil.rmtree(NAMES / host.name, ignore_errors=True)
+        subprocess.run(["ip", "netns", "del", between], capture_output=True, check=False)
+        with contextlib.suppress(OSError):
+            NAMES.rmdir()  # if nobody else's hosts are there
+
+
+def join(here: str, end: str, there: str, other_end: str) -> None:
+    """A cable between two namespaces: `end` in `here`, `other_end` in `there`."""
+    ip("link", "add", end, "type", "veth", "peer", "name", other_end)
+    for namespace, one in ((here, end), (there, other_end)):
+        ip("link", "set", one, "netns", namespace)
+        ip("-n", namespace, "link", "set", one, "up")
 
 
 def limit(host: Host, mbit: float) -> None:
