@@ -58,6 +58,11 @@ VERBS: dict[str, Verb] = {
         "shards.verify:VerifyRecipe",
         "shards.verify:run",
     ),
+    "stage": Verb(
+        "keep the shards of a run on a disk of this machine, before it starts",
+        "geopose_dist.data.stage_command:StageRecipe",
+        "geopose_dist.data.stage_command:run",
+    ),
     "order": Verb(
         "print the keys in the order in which a run reads them",
         "geopose_dist.data.order:OrderRecipe",

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from geopose_dist.data import catalogue, urls
+from geopose_dist.data import catalogue, staging, urls
 from geopose_dist.data.catalogue import open_shards
 from geopose_dist.data.manifest import ShardSet
 from geopose_dist.data.members import BLOCK, first_key, key_if_readable, parse_members
@@ -84,9 +84,13 @@ class Reader:
         if found != crc:
             raise UserError(
                 f"{self.where(index)}{key_if_readable(data)}: crc32 is {found:08x}, the index says "
-                f"{crc:08x}: the bytes are damaged or belong to another packing; {HINT}"
+                f"{crc:08x}: the bytes are damaged or belong to another packing; {self._hint(name)}"
             )
         return data
+
+    def _hint(self, name: str) -> str:
+        staged = isinstance(self.source, LocalSource) and self.source.stored_as.get(name)
+        return f"its staged copy is {staged}: remove that and run again, or {HINT}" if staged else HINT
 
     def members(self, index: int) -> tuple[str, dict[str, memoryview]]:
         """Key of a sample and its members by extension, such as `rgb.qoi` (UserError)."""
@@ -122,6 +126,9 @@ class Reader:
 
 def _source_of(shard_set: ShardSet) -> tuple[ByteSource, ShardSet]:
     """Where the shards of a set are read, and the set with its way of fetching settled."""
+    staged = staging.source_of(shard_set) if shard_set.store.stage == "node" else None
+    if staged is not None:
+        return staged, shard_set
     if not urls.is_url(shard_set.root):
         sizes = {shard.name: shard.bytes for shard in shard_set.manifest.shards}
         return LocalSource(Path(shard_set.root), sizes), shard_set

@@ -56,11 +56,12 @@ def check_plain(name: str, root: str) -> None:
 class LocalSource:
     """Shards in a local folder, read with pread; safe in threads, forks, and pickled to other processes.
 
-    Files are opened at first use and at most `MAX_OPEN_SHARDS` stay open.
+    Files are opened at first use and at most `MAX_OPEN_SHARDS` stay open. `stored_as` is what shards are
+    called there, if that is not their name (see `staging`).
     """
 
-    def __init__(self, root: Path, sizes: dict[str, int]) -> None:
-        self.root, self.sizes = root, sizes
+    def __init__(self, root: Path, sizes: dict[str, int], stored_as: dict[str, str] | None = None) -> None:
+        self.root, self.sizes, self.stored_as = root, sizes, stored_as or {}
         self._reset()
 
     def _reset(self) -> None:
@@ -69,7 +70,7 @@ class LocalSource:
         self._files: OrderedDict[str, _File] = OrderedDict()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return LocalSource, (self.root, self.sizes)
+        return LocalSource, (self.root, self.sizes, self.stored_as)
 
     def prefetch(self, spans: Iterable[Span]) -> None:
         """A local disk answers at once."""
@@ -99,11 +100,15 @@ class LocalSource:
             return file
 
     def _open(self, name: str) -> _File:
-        path = self.root / name
         check_plain(name, str(self.root))
+        path = self.root / self.stored_as.get(name, name)
         try:
             file = _File(path)
         except FileNotFoundError as error:
+            if name in self.stored_as:
+                raise UserError(
+                    f"{path}: the staged copy of {name} is gone; run the same command again to fetch it"
+                ) from error
             raise UserError(
                 f"{path}: the shard is missing though the manifest names it; copy it here, or pack again"
             ) from error

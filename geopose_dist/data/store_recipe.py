@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 @dataclass(frozen=True)
 class StoreRecipe:
-    """Reaching object stores and HTTP servers; without meaning for a local folder."""
+    """Reaching object stores and HTTP servers; of a local folder only `stage` and where to."""
 
     endpoint: str = ""
     """Server of the store, such as http://minio:9000; unset: the provider's own, or AWS_ENDPOINT_URL."""
@@ -36,6 +36,11 @@ class StoreRecipe:
     """Folder on a disk of this machine for what was read; unset: geopose-dist in XDG_CACHE_HOME or ~/.cache."""
     cache_gb: float = 10.0
     """Most that the cache may hold, over all processes of this machine, in units of 10^9 bytes; 0: none."""
+    stage: Literal["none", "node"] = "none"
+    """node: training first copies all its shards, from a URL or a shared folder, below cache_dir, once per machine and
+    before any time-out runs; they stay for later runs. none: samples are read where they are, as they are needed."""
+    stage_gb: float = 200.0
+    """Most that staged shards of all runs may take on this machine, beside cache_gb, in units of 10^9 bytes."""
 
     def __post_init__(self) -> None:
         if self.endpoint:
@@ -56,3 +61,5 @@ class StoreRecipe:
             raise ValueError(f"store.in_flight is {self.in_flight}; wanted 1 to 256")
         if not 0 <= self.cache_gb < float("inf"):
             raise ValueError(f"store.cache_gb is {self.cache_gb}; wanted 0 or more")
+        if not 0 < self.stage_gb < float("inf"):
+            raise ValueError(f"store.stage_gb is {self.stage_gb}; wanted more than 0")
