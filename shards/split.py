@@ -94,7 +94,10 @@ def run(recipe: SplitRecipe) -> None:
 
 
 def leaked(split: dict[str, list[str]], place_of: dict[str, str]) -> dict[str, list[str]]:
-    """Every second validation tile of each place moved to training; says so on stderr (UserError: none can be)."""
+    """Every second validation tile of each place moved to training; says so on stderr (UserError: none can be).
+
+    The only tile of a validation place can show no leak; it is named `unused`.
+    """
     by_place: dict[str, list[str]] = {}
     for key in split["val"]:
         by_place.setdefault(place_of[key], []).append(key)
@@ -104,12 +107,14 @@ def leaked(split: dict[str, list[str]], place_of: dict[str, str]) -> dict[str, l
             "--leak: no validation place has two tiles, so none can be in both sets; leave --leak out"
         )
     kept = [key for keys in by_place.values() if len(keys) > 1 for key in keys[::2]]
+    alone = sorted(keys[0] for keys in by_place.values() if len(keys) == 1)
     print(
         f"split: THIS SPLIT LEAKS: {len(kept)} validation tiles show places that training sees ({len(moved)} tiles "
         "moved there), so scores on it are too good; it is for measuring that, not for results",
         file=sys.stderr,
     )
-    return {"train": sorted([*split["train"], *moved]), "val": sorted(kept)}
+    found = {"train": sorted([*split["train"], *moved]), "val": sorted(kept)}
+    return found | ({"unused": alone} if alone else {})
 
 
 def _is_labelled(tile: Tile) -> bool:

@@ -69,6 +69,8 @@ def make_splits(source: Path, work: Path) -> dict[str, Path]:
         geopose(["split", "--source", str(source), "--by", "place", "--out", str(path), *more])
         found[way] = path
     free, leaky = (json.loads(found[way].read_text()) for way in WAYS)
+    # The views that the leaky run learns from are not for the other's validation either.
+    free["unused"] = sorted(set(free["val"]) - set(leaky["val"]))
     free["val"] = leaky["val"]
     found["leak-free"].write_text(json.dumps(free, indent=1) + "\n")
     return found
