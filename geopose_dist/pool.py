@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -55,27 +56,37 @@ def fork_server() -> BaseContext:
     A fork of this process could copy locks held by its threads (torch, OpenCV, rich), and a fresh interpreter
     for each worker would take seconds. There is one server per process whoever starts it first, and without
     it all workers die, so it must not die of a signal that is the parent's to answer. Workers inherit the
-    blocked signals; those that may die of them unblock them (`unblock_signals`).
+    blocked signals; those that may die of them unblock them (`start_worker`).
     """
     context = multiprocessing.get_context("forkserver")
-    resource_tracker.ensure_running()  # first: its own start unblocks SIGINT and SIGTERM
     before = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)
     try:
+        # The tracker ignores SIGINT and SIGTERM, unblocks both here, and would die of the third.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
 
 
-def unblock_signals() -> None:
-    """Let this worker die of signals like any process."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, PARENTS_SIGNALS)
-
-
 def start_mapper() -> None:
     """Set up a worker of `process_map`."""
-    unblock_signals()
+    start_worker()
     one_thread()
+
+
+def start_worker() -> None:
+    """Let this process die of signals like any, and with its parent, which could not end it when it is killed."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PARENTS_SIGNALS)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def one_thread() -> None:
@@ -355,7 +366,7 @@ class _ProcessActor:
     """One process that works on one item after another."""
 
     def __init__(self, make: Make, gpu: int) -> None:
-        self._executor = ProcessPoolExecutor(1, mp_context=fork_server(), initializer=unblock_signals)
+        self._executor = ProcessPoolExecutor(1, mp_context=fork_server(), initializer=start_worker)
         self.ready: Future[Any] = self._executor.submit(_start_here, make, gpu)
 
     def submit(self, item: Any) -> Future[Any]:

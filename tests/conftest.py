@@ -88,3 +88,20 @@ def train_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import runs
 
     return runs.make_shards(tmp_path_factory.mktemp("train-data"))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny network with random weights that reduces by two."""
+    import jobs
+
+    return jobs.save_tiny_net(tmp_path_factory.mktemp("net") / "model.safetensors")
+
+
+@pytest.fixture
+def tiles(tmp_path: Path) -> Path:
+    """Seven small tiles of two sizes in a plain folder."""
+    import jobs
+
+    jobs.write_tiles(tmp_path / "tiles", 7)
+    return tmp_path / "tiles"

@@ -6,13 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
 import torch
+from jobs import actor_processes, outputs, predict, start, wait_for_files, wait_until_gone, write_tiles
 from range_server import serve
 
 from geopose_dist import cli
@@ -25,46 +25,6 @@ from geopose_dist.model.unet import GeoposeNet
 from geopose_dist.model.weights import save_weights
 
 REAL = Path(__file__).parents[1] / ".." / "shared" / "real"
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A network with random weights: its answers mean nothing, but are the same every time."""
-    recipe = ModelRecipe(encoder="tu-mobilenetv3_small_050", decoder_channels=[16, 16, 8, 8, 8])
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("net") / "model.safetensors"
-    save_weights(path, GeoposeNet(recipe).state_dict(), recipe, {"reduction": 2, "gsd_known": False})
-    return path
-
-
-@pytest.fixture
-def tiles(tmp_path: Path) -> Path:
-    """Seven small tiles of two sizes in a plain folder."""
-    folder = tmp_path / "tiles"
-    write_tiles(folder, 7)
-    return folder
-
-
-def write_tiles(folder: Path, count: int) -> None:
-    folder.mkdir()
-    rng = np.random.default_rng(5)
-    for i in range(count):
-        size = (96, 130) if i == 3 else (128, 128)
-        tifffile.imwrite(
-            folder / f"JAX_tile{i:02}_RGB.tif", rng.integers(0, 256, (*size, 3)).astype(np.uint8)
-        )
-
-
-def predict(source: Path, checkpoint: Path, out: Path, *options: str) -> int:
-    words = ["--source", str(source), "--checkpoint", str(checkpoint), "--out", str(out), "--batch", "2"]
-    words += ["--device", "cpu", "--threads", "1", *options]
-    return cli.main(["predict", *words])
-
-
-def outputs(folder: Path) -> dict[str, bytes]:
-    return {
-        path.name: path.read_bytes() for path in sorted(folder.iterdir()) if not path.name.startswith(".")
-    }
 
 
 def test_a_folder_becomes_challenge_files_and_a_second_run_does_nothing(
@@ -214,47 +174,6 @@ def test_batches_are_cut_from_the_sorted_list_and_parts_keep_their_slots() -> No
 # Real kills.
 
 
-def start(source: Path, checkpoint: Path, out: Path, log: Path, *options: str) -> subprocess.Popen[bytes]:
-    words = ["--source", source, "--checkpoint", checkpoint, "--out", out, "--batch", "2", "--device", "cpu"]
-    words += ["--threads", "1", "--workers", "2", *options]
-    command = [sys.executable, "-m", "geopose_dist", "predict", *map(str, words)]
-    with log.open("wb") as file:  # no pipe: orphans of a killed driver would keep it open
-        return subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
-
-
-def wait_for_files(folder: Path, count: int, process: subprocess.Popen[bytes]) -> None:
-    for _ in range(1200):
-        if len(list(folder.glob("*_AGL.tif"))) >= count or process.poll() is not None:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"no {count} tiles in {folder} within a minute")
-
-
-def children(pid: int) -> list[int]:
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[1]) == pid:
-            found += [int(stat.parent.name), *children(int(stat.parent.name))]
-    return found
-
-
-def actor_processes(pid: int, kind: str) -> list[int]:
-    """Processes under `pid` that hold a worker: Ray calls them ray::_Worker, forkserver children are bare."""
-    found = []
-    for child in children(pid):
-        try:
-            words = (Path("/proc") / str(child) / "cmdline").read_bytes()
-        except OSError:
-            continue
-        if (b"ray::_Worker" in words) if kind == "ray" else (b"forkserver" in words):
-            found.append(child)
-    return found
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ray", pytest.param("process", marks=pytest.mark.soak)])
 def test_killed_actor_and_killed_driver_leave_the_same_files(
@@ -274,7 +193,7 @@ def test_killed_actor_and_killed_driver_leave_the_same_files(
     wait_for_files(out, 20, first)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
-    time.sleep(2)  # orphans notice that their driver is gone
+    wait_until_gone(victims)  # orphans notice that their driver is gone
     assert len(list(out.glob("*_AGL.tif"))) < 200, "it was too fast to be killed in the middle"
     second = start(source, checkpoint, out, log, "--dispatch", kind)
     assert second.wait(timeout=300) == 0, log.read_text()

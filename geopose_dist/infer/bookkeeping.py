@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,30 +38,56 @@ def only_driver(out: Path) -> Iterator[None]:
         yield
 
 
-def check_same_maker(
-    out: Path, checkpoints: Sequence[Path], facts: Mapping[str, object], *, overwrite: bool
-) -> None:
-    """Refuse to go on in a folder that other checkpoints or settings began (UserError)."""
+def maker_of(checkpoints: Sequence[Path], facts: Mapping[str, object]) -> dict[str, Any]:
+    """What makes predictions, as plain values: settings, and checkpoints and calibrations by their hashes."""
     maker: dict[str, Any] = json.loads(json.dumps(dict(facts)))
     maker["checkpoints"] = [calibration.sha256(path) for path in checkpoints]
     if maker["net"]["calibration"] != "none":
         for path in checkpoints:
             calibration.load(path)  # what is wrong with it is said before anything starts
         maker["calibrations"] = [calibration.sha256(calibration.path_for(path)) for path in checkpoints]
+    return maker
+
+
+def check_same_maker(out: Path, maker: Mapping[str, Any], *, overwrite: bool) -> bool:
+    """Whether `maker` made what is in the folder; unless that is overwritten, it must be so (UserError)."""
     path = out / BOOKKEEPING / "made_by.json"
     if not overwrite and not path.is_file() and any(out.glob("*_AGL.tif")):
         raise UserError(
             f"--out {out}: holds heights of unknown origin; give another folder, or --overwrite true"
         )
-    if path.is_file() and not overwrite:
-        before = json.loads(path.read_bytes())
-        differ = [name for name in maker if before.get(name) != maker[name]]
-        if differ:
-            raise UserError(
-                f"--out {out}: predictions there have other {' and '.join(differ)}; give "
-                "another folder, or --overwrite true to predict them again"
-            )
-    write_if_new(path, (json.dumps(maker, indent=1, sort_keys=True) + "\n").encode())
+    before = json.loads(path.read_bytes()) if path.is_file() else {}
+    differ = [name for name in maker if before.get(name) != maker[name]]
+    if before and differ and not overwrite:
+        raise UserError(
+            f"--out {out}: predictions there have other {' and '.join(differ)}; give "
+            "another folder, or --overwrite true to predict them again"
+        )
+    return not differ
+
+
+def remember_maker(out: Path, maker: Mapping[str, Any]) -> None:
+    """Say who makes what is in the folder from now on."""
+    write_if_new(
+        out / BOOKKEEPING / "made_by.json", (json.dumps(maker, indent=1, sort_keys=True) + "\n").encode()
+    )
+
+
+def forget(out: Path, keys: Collection[str], *, all_of_them: bool) -> None:
+    """Remove predictions before they are made again, so that a run killed meanwhile never takes old ones for its own.
+
+    With `all_of_them` those of other tiles go too, which other settings made; where nobody remembers who made
+    them (UserError) they may be labels.
+    """
+    for path in sorted(out.glob("*_AGL.tif")):
+        key = path.name.removesuffix("_AGL.tif")
+        if key not in keys:
+            if not all_of_them:
+                continue
+            if not (out / BOOKKEEPING / "made_by.json").is_file():
+                raise UserError(f"{path}: of unknown origin, and not to be predicted now; give another --out")
+        path.unlink()
+        path.with_name(f"{key}_VFLOW.json").unlink(missing_ok=True)
 
 
 def write_failures(out: Path, failures: Sequence[tuple[str, str]]) -> Path:

@@ -17,10 +17,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
+from geopose_dist.errors import FinishedWithFailures
 from geopose_dist.pool import Actor, Actors, Make, died
 
-IN_FLIGHT = 2
-"""Items per actor: one that the network works on, and one that is being read."""
 START_TIMEOUT_S = 300.0
 """If no actor is up for so long, the cluster has no place for one."""
 
@@ -44,6 +43,7 @@ class _Entry:
 class _Slot:
     actor: Actor
     running: dict[Future[Any], tuple[_Entry, float]] = field(default_factory=dict)
+    """Entries, and when each of them is overdue."""
     up: bool = False
     alone: bool = False
 
@@ -59,13 +59,26 @@ class Dispatch:
         count: int,
         cpus: int,
         gpus: int,
+        in_flight: int,
         attempts: int,
         timeout_s: float,
         split: Callable[[Any], list[Any]],
     ) -> None:
-        """Start `count` actors, each reserving `cpus` and `gpus`; `split` cuts an item into its parts."""
+        """Start `count` actors, each reserving `cpus` and `gpus` and given `in_flight` items at a time.
+
+        Args:
+            actors: where they start.
+            make: makes an actor's worker.
+            count: number of actors.
+            cpus, gpus: what each reserves.
+            in_flight: items per actor, so that some are read and written while the network works on another.
+            attempts: how often an item is tried before its parts are.
+            timeout_s: for an item; those before it on the same actor may take as long each.
+            split: cuts an item into its parts.
+        """
         self._actors, self._make, self._cpus, self._gpus = actors, make, cpus, gpus
         self._attempts, self._timeout_s, self._split = attempts, timeout_s, split
+        self._in_flight = in_flight
         self._queue: deque[_Entry] = deque()
         self._suspects: deque[_Entry] = deque()
         self._numbers = itertools.count()
@@ -77,13 +90,13 @@ class Dispatch:
 
     def _new_slot(self) -> _Slot:
         number = next(self._numbers)
-        start = self._actors.start
-        return _Slot(start(self._make, number, cpus=self._cpus, gpus=self._gpus, in_flight=IN_FLIGHT))
+        start, needs = self._actors.start, {"cpus": self._cpus, "gpus": self._gpus}
+        return _Slot(start(self._make, number, **needs, in_flight=self._in_flight))
 
     def results(self, items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
         """(item, answer) in the order of completion; the answer is a `SetAside` for what failed for good.
 
-        Raises RuntimeError if no actor can be started, or if nothing at all succeeds.
+        Raises FinishedWithFailures if no actor can be started, or if nothing at all succeeds.
         """
         self._queue.extend(_Entry(item) for item in items)
         while self._queue or self._suspects or any(slot.running for slot in self._slots):
@@ -109,12 +122,12 @@ class Dispatch:
         if self._suspects and not slot.running:
             slot.alone = True
             self._submit(slot, self._suspects.popleft())
-        while self._queue and not slot.alone and not draining and len(slot.running) < IN_FLIGHT:
+        while self._queue and not slot.alone and not draining and len(slot.running) < self._in_flight:
             self._submit(slot, self._queue.popleft())
 
-    @staticmethod
-    def _submit(slot: _Slot, entry: _Entry) -> None:
-        slot.running[slot.actor.submit(entry.item)] = entry, time.monotonic()
+    def _submit(self, slot: _Slot, entry: _Entry) -> None:
+        overdue = time.monotonic() + self._timeout_s * (len(slot.running) + 1)
+        slot.running[slot.actor.submit(entry.item)] = entry, overdue
 
     def _collect(self, slot: _Slot) -> Iterator[tuple[Any, Any]]:
         for future in [future for future in slot.running if future.done()]:
@@ -139,14 +152,14 @@ class Dispatch:
                 reason = f"an actor could not start: {_last_line(error)}"
                 self._starts_failed += 1
                 if self._starts_failed >= self._attempts:
-                    raise RuntimeError(reason) from error
+                    raise FinishedWithFailures(f"{reason}; nothing can be done without one") from error
             else:
                 self._starts_failed = 0
-        for future, (_, since) in slot.running.items():
+        for future, (_, overdue) in slot.running.items():
             lost = future.exception() if future.done() else None
             if lost is not None and died(lost):
                 reason = f"its actor died ({_last_line(lost)})"
-            elif not future.done() and time.monotonic() - since > self._timeout_s:
+            elif not future.done() and time.monotonic() > overdue:
                 reason = f"its actor did not answer within {self._timeout_s:g} s"
         if not reason:
             return True
@@ -171,12 +184,15 @@ class Dispatch:
         if any(slot.up for slot in self._slots):
             self._waiting_since = time.monotonic()
         elif time.monotonic() - self._waiting_since > START_TIMEOUT_S:
-            raise RuntimeError(
+            raise FinishedWithFailures(
                 f"no actor could be started within {START_TIMEOUT_S:.0f} s; the cluster has no room for "
-                f"one with {self._cpus} CPUs and {self._gpus} GPUs"
+                f"one with {self._cpus} CPUs and {self._gpus} GPUs; add nodes, or give fewer --threads"
             )
         if self._failures_in_a_row > 8 * self._attempts + 4 * len(self._slots):
-            raise RuntimeError(f"{self._failures_in_a_row} failures in a row, the last: {self._last_reason}")
+            raise FinishedWithFailures(
+                f"stopped after {self._failures_in_a_row} failures in a row, the last: {self._last_reason}; what is "
+                "finished is kept; mend the cause and run the same command again"
+            )
 
 
 def _last_line(error: BaseException) -> str:

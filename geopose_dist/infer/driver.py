@@ -7,24 +7,41 @@ nothing. One georeferenced GeoTIFF goes another way, by windows: see `scene`.
 
 from __future__ import annotations
 
-import contextlib
+import os
+import sys
+import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from geopose_dist import metrics_log
 from geopose_dist.errors import FinishedWithFailures
-from geopose_dist.infer import raster, writer
-from geopose_dist.infer.bookkeeping import BOOKKEEPING, check_same_maker, only_driver, write_failures
+from geopose_dist.infer import writer
+from geopose_dist.infer.bookkeeping import (
+    BOOKKEEPING,
+    check_same_maker,
+    forget,
+    maker_of,
+    only_driver,
+    remember_maker,
+    write_failures,
+)
 from geopose_dist.infer.crew import device_of, open_crew
 from geopose_dist.infer.dispatch import SetAside
+from geopose_dist.infer.load import Loads
+from geopose_dist.infer.predictor import common_reduction, remaining_factor
 from geopose_dist.infer.recipe import PredictRecipe
+from geopose_dist.infer.scene_list import find_scenes
 from geopose_dist.infer.sources import Source, find_source
 from geopose_dist.infer.work import Report, WorkItem, WorkSpec, facts_of, fix_batches
+
+TOLD = 50
+"""Failures said on the terminal; a file has all of them."""
 
 
 @dataclass
 class Outcome:
-    """What a run has done so far."""
+    """What a run has done so far: counts, (key, sentence) of failures, keys written by this run."""
 
     total: int
     written: int = 0
@@ -32,6 +49,8 @@ class Outcome:
     limited: int = 0
     other_filter: int = 0
     failures: list[tuple[str, str]] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    loads: Loads = field(default_factory=Loads)
 
     def add(self, item: WorkItem, answer: Report | SetAside) -> None:
         """Count an item's answer."""
@@ -39,6 +58,8 @@ class Outcome:
             self.failures += [(key, f"{key}: set aside, {answer.reason}") for key in item.keys]
             return
         self.written += len(answer.written)
+        self.keys += answer.written
+        self.loads.add(answer.load)
         self.clipped += answer.clipped
         self.limited += answer.limited
         self.other_filter += answer.other_filter
@@ -47,57 +68,94 @@ class Outcome:
 
 def run(recipe: PredictRecipe) -> None:
     """Predict what is not predicted yet; exit 1 naming tiles that could not be."""
-    from geopose_dist.model.weights import find_checkpoint
+    from geopose_dist.model.weights import find_checkpoint, read_facts
 
     checkpoints = tuple(find_checkpoint(Path(path)) for path in recipe.checkpoint)
-    if raster.is_scene(Path(recipe.source)):
-        from geopose_dist.infer.scene import run as run_scene
+    reduction, _ = common_reduction([read_facts(path) for path in checkpoints], checkpoints)
+    if scenes := find_scenes(recipe):
+        from geopose_dist.infer.scene import run as run_scenes
 
-        run_scene(recipe, checkpoints)
+        run_scenes(recipe, checkpoints, scenes, reduction)
         return
     source = find_source(recipe)
-    with only_driver(recipe.out):
-        spec = WorkSpec(
-            tuple(path.resolve() for path in checkpoints),
-            recipe.net,
-            recipe.batch,
-            recipe.out.resolve(),
-            recipe.unit,
-            source.shards,
-            source.split,
-            source.reduced_by,
-            device_of(recipe),
-            recipe.threads,
-            source.store,
-            source.tiles[0] if source.tiles else None,
+    remaining_factor(reduction, source.reduced_by)
+    spec = WorkSpec(
+        tuple(path.resolve() for path in checkpoints),
+        recipe.net,
+        recipe.batch,
+        recipe.out.resolve(),
+        recipe.unit,
+        source.shards,
+        source.split,
+        source.reduced_by,
+        device_of(recipe),
+        recipe.threads,
+        source.store,
+        source.tiles[0] if source.tiles else None,
+    )
+    maker = maker_of(checkpoints, facts_of(spec))
+    if recipe.dry_run:
+        check_same_maker(recipe.out, maker, overwrite=recipe.overwrite)
+        todo, done = _todo(recipe, spec, source)
+        print(
+            f"{recipe.out}: {len(source.tiles)} tiles from {source.tiles[0].key} to {source.tiles[-1].key}; "
+            f"{len(done)} are finished, {len(source.tiles) - len(done)} to do in {len(todo)} batches"
         )
-        check_same_maker(recipe.out, spec.checkpoints, facts_of(spec), overwrite=recipe.overwrite)
+        return
+    with only_driver(recipe.out):
+        same = check_same_maker(recipe.out, maker, overwrite=recipe.overwrite)
+        if recipe.overwrite:
+            forget(recipe.out, {tile.key for tile in source.tiles}, all_of_them=not same)
+        remember_maker(recipe.out, maker)
         outcome = _predict(recipe, spec, source)
         write_failures(recipe.out, outcome.failures)
     _tell(recipe, outcome)
 
 
-def _predict(recipe: PredictRecipe, spec: WorkSpec, source: Source) -> Outcome:
+def _todo(recipe: PredictRecipe, spec: WorkSpec, source: Source) -> tuple[list[WorkItem], set[str]]:
+    """Batches with a tile that is not finished, and the tiles that are."""
+    finished = (t.key for t in source.tiles if writer.is_finished(spec.out, t.key, spec.unit))
+    done = set() if recipe.overwrite else set(finished)
     items = fix_batches(source.tiles, recipe.batch)
-    done = {
-        t.key for t in source.tiles if not recipe.overwrite and writer.is_finished(spec.out, t.key, spec.unit)
-    }
-    todo = [item for item in items if not done.issuperset(item.keys)]
+    return [item for item in items if not done.issuperset(item.keys)], done
+
+
+def _predict(recipe: PredictRecipe, spec: WorkSpec, source: Source) -> Outcome:
+    todo, _ = _todo(recipe, spec, source)
     outcome = Outcome(total=len(source.tiles))
     told = {key for item in todo for key in item.keys}
     outcome.written = len(source.tiles) - len(told)
     if not todo:
         return outcome
-    with contextlib.ExitStack() as stack:
-        crew = stack.enter_context(open_crew(recipe, spec, len(todo)))
-        progress = stack.enter_context(
-            metrics_log.Progress(len(source.tiles), f"predict, {crew.where}", start=outcome.written)
-        )
+    with (
+        open_crew(recipe, spec, len(todo)) as crew,
+        metrics_log.Progress(outcome.total, f"predict, {crew.where}", start=outcome.written) as progress,
+    ):
         for item, answer in crew.work.results(todo):
             outcome.add(item, answer)
             note = f"{len(outcome.failures)} failed" if outcome.failures else ""
             progress.advance(len(item.keys), note)
+    outcome.failures += not_here(recipe.out, outcome.keys)
+    if said := outcome.loads.in_words():
+        print(f"predict: {said}", file=sys.stderr)
     return outcome
+
+
+def not_here(out: Path, keys: Collection[str], patience_s: float = 10.0) -> list[tuple[str, str]]:
+    """(key, sentence) of tiles that actors wrote and that this machine does not see, even after a while (NFS)."""
+    until = time.monotonic() + patience_s
+    while True:
+        names = {entry.name for entry in os.scandir(out)}
+        lost = [key for key in keys if f"{key}_AGL.tif" not in names]
+        if not lost or time.monotonic() > until:
+            return [
+                (
+                    key,
+                    f"{key}: written where this machine does not see it; --out is to be a folder that all share",
+                )
+                for key in lost
+            ]
+        time.sleep(0.5)
 
 
 def _tell(recipe: PredictRecipe, outcome: Outcome) -> None:
@@ -115,11 +173,6 @@ def _tell(recipe: PredictRecipe, outcome: Outcome) -> None:
     if outcome.failures:
         where = recipe.out / BOOKKEEPING / "failures.jsonl"
         sentences = [sentence for _, sentence in sorted(outcome.failures)]
-        raise FinishedWithFailures(
-            "\n  ".join(
-                [
-                    f"{len(sentences)} of {outcome.total} tiles failed (also in {where}):",
-                    *sentences,
-                ]
-            )
-        )
+        more = [f"... and {len(sentences) - TOLD} more"] * (len(sentences) > TOLD)
+        title = f"{len(sentences)} of {outcome.total} tiles failed (all of them in {where}):"
+        raise FinishedWithFailures("\n  ".join([title, *sentences[:TOLD], *more]))

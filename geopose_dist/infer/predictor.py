@@ -50,6 +50,33 @@ class TilePose:
     scale_limited: bool
 
 
+def common_reduction(facts: Sequence[dict[str, Any]], names: Sequence[object]) -> tuple[int, str]:
+    """How far and by which filter the training tiles of all checkpoints were reduced (UserError if they differ)."""
+    reductions = [int(fact.get("reduction", 1)) for fact in facts]
+    if len(set(reductions)) != 1:
+        told = ", ".join(f"{name}: {by}" for name, by in zip(names, reductions, strict=True))
+        raise UserError(
+            f"these checkpoints were trained at different reductions ({told}); predict them apart"
+        )
+    filters = [str(fact.get("reduce_by", "area")) for fact in facts]
+    if len(set(filters)) != 1 and reductions[0] > 1:
+        told = ", ".join(f"{name}: {by}" for name, by in zip(names, filters, strict=True))
+        raise UserError(
+            f"these checkpoints were trained on tiles reduced by different filters ({told}); predict them apart"
+        )
+    return reductions[0], filters[0] if reductions[0] > 1 else "area"
+
+
+def remaining_factor(reduction: int, reduced_by: int) -> int:
+    """How far tiles that were reduced by `reduced_by` are still to be reduced (UserError)."""
+    if reduction % reduced_by:
+        raise UserError(
+            f"the tiles were reduced by {reduced_by}, the checkpoint wants {reduction}; predict the "
+            "original tiles, or pack with the checkpoint's reduction"
+        )
+    return reduction // reduced_by
+
+
 class Predictor:
     """Networks on a device; `predict` is the whole of it."""
 
@@ -94,20 +121,7 @@ class Predictor:
         device: str,
     ) -> None:
         self.recipe, self.batch, self.device = recipe, batch, torch.device(device)
-        reductions = [int(fact.get("reduction", 1)) for fact in facts]
-        if len(set(reductions)) != 1:
-            told = ", ".join(f"{name}: {by}" for name, by in zip(names, reductions, strict=True))
-            raise UserError(
-                f"these checkpoints were trained at different reductions ({told}); predict them apart"
-            )
-        self.reduction = reductions[0]
-        filters = [str(fact.get("reduce_by", "area")) for fact in facts]
-        if len(set(filters)) != 1 and self.reduction > 1:
-            told = ", ".join(f"{name}: {by}" for name, by in zip(names, filters, strict=True))
-            raise UserError(
-                f"these checkpoints were trained on tiles reduced by different filters ({told}); predict them apart"
-            )
-        self.reduce_by = filters[0] if self.reduction > 1 else "area"
+        self.reduction, self.reduce_by = common_reduction(facts, names)
         self.nets = [net.eval().to(self.device) for net in nets]
         self.size_multiple = math.lcm(*(int(net.size_multiple) for net in self.nets))  # type: ignore[arg-type]
         if recipe.compile != "none":
@@ -145,13 +159,12 @@ class Predictor:
         Raises:
             UserError: the tiles were reduced further than the network wants, or by no divisor of it.
         """
-        places = list(range(len(rgbs)) if slots is None else slots)
         agl_m, vectors, log_scales = self.answers(
-            rgbs, gsds_m, slots=places, reduced_by=reduced_by, cities=cities
+            rgbs, gsds_m, slots=slots, reduced_by=reduced_by, cities=cities
         )
         size = size or (rgbs[0].shape[0] * reduced_by, rgbs[0].shape[1] * reduced_by)
         return [
-            self._finish(heights, vector, float(np.exp(log_scale)), size, rgb if reduced_by == 1 else None)
+            self.finish(heights, vector, float(log_scale), size, rgb if reduced_by == 1 else None)
             for heights, vector, log_scale, rgb in zip(agl_m, vectors, log_scales, rgbs, strict=True)
         ]
 
@@ -170,26 +183,37 @@ class Predictor:
             (heights [N, h, w] in metres at the network's reduction, direction vectors [N, 2], natural logarithms
             of px/m among its pixels [N]).
         """
-        if not rgbs or len(rgbs) != len(gsds_m) or len(rgbs) > self.batch or len({x.shape for x in rgbs}) > 1:
-            raise ValueError(
-                f"{len(rgbs)} tiles of sizes {[x.shape for x in rgbs]}; wanted 1 to {self.batch} alike"
-            )
-        if self.reduction % reduced_by:
-            raise UserError(
-                f"the tiles were reduced by {reduced_by}, the checkpoint wants {self.reduction}; predict the "
-                "original tiles, or pack with the checkpoint's reduction"
-            )
-        factor = self.reduction // reduced_by
-        small = [resample.reduce_rgb(resample.pad_rgb(rgb, factor), factor) for rgb in rgbs]
-        pixels = np.zeros((self.batch, 3, *small[0].shape[:2]), np.uint8)
+        factor = remaining_factor(self.reduction, reduced_by)
+        small = [self.reduced(rgb, reduced_by) for rgb in rgbs]
+        gsds = [None if gsd is None else gsd * factor for gsd in gsds_m]
         places = list(range(len(rgbs)) if slots is None else slots)
-        pixels[places] = np.stack(small).transpose(0, 3, 1, 2)
+        return self.answers_of_reduced(small, gsds, places, list(cities or [None] * len(rgbs)))
+
+    def reduced(self, rgb: U8, reduced_by: int = 1) -> U8:
+        """A tile [H, W, 3] as the network sees it, [3, h, w]; any thread may do this."""
+        factor = remaining_factor(self.reduction, reduced_by)
+        small = resample.reduce_rgb(resample.pad_rgb(rgb, factor), factor)
+        return np.ascontiguousarray(small.transpose(2, 0, 1))
+
+    def answers_of_reduced(
+        self,
+        tiles_u8: Sequence[U8],
+        gsds_m: Sequence[float | None],
+        slots: Sequence[int],
+        cities: Sequence[str | None],
+    ) -> tuple[F32, F64, F64]:
+        """As `answers`, of tiles [3, h, w] that are reduced, with the ground metres of their reduced pixels."""
+        count, shapes = len(tiles_u8), {tile.shape for tile in tiles_u8}
+        if count != len(gsds_m) or not 0 < count <= self.batch or len(shapes) > 1:
+            raise ValueError(f"{count} tiles of sizes {shapes}; wanted 1 to {self.batch} alike")
+        pixels = np.zeros((self.batch, *tiles_u8[0].shape), np.uint8)
         gsds = np.full(self.batch, np.nan, np.float32)
-        gsds[places] = [math.nan if gsd is None else gsd * factor for gsd in gsds_m]
         names: list[str | None] = [None] * self.batch
-        for place, city in zip(places, cities or [None] * len(places), strict=True):
-            names[place] = city
+        for place, tile, gsd, city in zip(slots, tiles_u8, gsds_m, cities, strict=True):
+            pixels[place], names[place] = tile, city
+            gsds[place] = math.nan if gsd is None else gsd
         agl_m, vectors, log_scales = self._average(pixels, gsds, names)
+        places = list(slots)
         return agl_m[places], vectors[places], log_scales[places]
 
     def windows(
@@ -213,9 +237,14 @@ class Predictor:
         agl_m, vectors, log_scales = self._average(batch, gsds, [city] * self.batch)
         return agl_m[list(slots)], vectors[list(slots)], log_scales[list(slots)]
 
-    def _finish(
-        self, agl_m: F32, vector: F64, scale: float, size: tuple[int, int], rgb: U8 | None
+    def finish(
+        self, agl_m: F32, vector: F64, log_scale: float, size: tuple[int, int], rgb: U8 | None
     ) -> TilePose | None:
+        """One answer limited and at full size, along the edges of `rgb` if it is given; any thread may do this.
+
+        None where the network answered NaN or infinity.
+        """
+        scale = math.exp(log_scale) if log_scale < 700 else math.nan  # what no float holds is no scale
         if not (np.isfinite(agl_m).all() and np.isfinite(vector).all() and math.isfinite(scale)):
             return None
         recipe = self.recipe
@@ -229,8 +258,8 @@ class Predictor:
 
     def _average(self, pixels: U8, gsds_m: F32, names: Sequence[str | None]) -> tuple[F32, F64, F64]:
         """Heights [B, H, W], direction vectors [B, 2] and log-scales [B] over checkpoints and symmetries."""
-        agl_m = np.zeros((len(pixels), *pixels.shape[2:]), np.float32)
         vectors, log_scales = np.zeros((len(pixels), 2)), np.zeros(len(pixels))
+        agl_m: F32 | None = None
         ways = tiles.symmetries(self.recipe.tta)
         for number, net in enumerate(self.nets):
             share = float(self.weights[number]) / len(ways)
@@ -241,9 +270,13 @@ class Predictor:
                     apply, method = self.calibrations[number].apply, self.recipe.calibration
                     pairs = zip(heights, names, strict=True)
                     heights = np.stack([apply(tile, method, city) for tile, city in pairs])
-                agl_m += np.float32(share) * way.undo(heights)
                 vectors += share * way.undo_direction(xy)
                 log_scales += share * logs
+                part = way.undo(heights)
+                if share != 1:  # a single answer need not be copied
+                    part = np.float32(share) * part
+                agl_m = part if agl_m is None else agl_m + part
+        assert agl_m is not None
         return agl_m, vectors, log_scales
 
     def _whole(
@@ -252,9 +285,12 @@ class Predictor:
         """One network's answer for tiles [B, 3, H, W] of any size, by windows where they are large."""
         count, (rows, columns) = len(pixels), pixels.shape[2:]
         padded = tiles.pad_to_multiple(pixels, self.size_multiple)
-        agl_m = np.zeros((count, *padded.shape[2:]), np.float32)
-        vectors, log_scales, area = np.zeros((count, 2)), np.zeros(count), 0.0
         size = (padded.shape[2], padded.shape[3])
+        if max(size) <= self.recipe.window:
+            heights, xy, logs = self._network(net, padded, gsds_m, names)
+            return heights[:, :rows, :columns], xy, logs
+        agl_m = np.zeros((count, *size), np.float32)
+        vectors, log_scales, area = np.zeros((count, 2)), np.zeros(count), 0.0
         for window in tiles.windows(size, self.recipe.window, self.recipe.overlap, self.size_multiple):
             heights, xy, logs = self._network(net, padded[:, :, window.rows, window.columns], gsds_m, names)
             agl_m[:, window.rows, window.columns] += window.weight * heights

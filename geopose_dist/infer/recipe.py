@@ -70,15 +70,19 @@ class PredictRecipe:
 
     source: str
     """A dataset folder (challenge layout: its test tiles, unless `split` says otherwise), a CSV list with a column
-    rgb, shards in a folder or behind a URL, one image file, or one georeferenced GeoTIFF of any size (a scene)."""
+    rgb, shards in a folder or behind a URL, one image file, or georeferenced GeoTIFFs of any size (scenes): one, a
+    folder or a list of them."""
     checkpoint: list[Path]
     """One or more checkpoints, averaged: .safetensors files, or run folders (their best, else newest)."""
     out: Path
     """Folder for KEY_AGL.tif and KEY_VFLOW.json; finished tiles found there are not predicted again."""
+    scenes: Literal["auto", "always", "never"] = "auto"
+    """Scenes are read by window and get one pose and GeoTIFFs each. auto: georeferenced or very large TIFFs, if all
+    images of the source are; never: everything is a tile, read whole."""
     split: str = ""
     """Part of the source: test, train, all, or a split of the shards; empty: test if there is one, else all."""
     limit: int = 0
-    """Predict only the first so many tiles by name; 0 means all."""
+    """Predict only the first so many tiles or scenes by name; 0 means all."""
     batch: int = 4
     """Tiles predicted together. The last centimetre of an output may depend on it, but never on who
     died, or when."""
@@ -98,8 +102,11 @@ class PredictRecipe:
     """An actor that has not answered for a batch in this time is given up; another tries the batch."""
     unit: Literal["cm", "m"] = "cm"
     """cm: challenge files; m: float32 metres and px/m, which `geopose convert` takes."""
+    dry_run: bool = False
+    """Tell what would be done, and write nothing."""
     overwrite: bool = False
-    """Predict again what is there already, even if another checkpoint made it."""
+    """Predict again what is there already, even if another checkpoint made it; all that another one made is
+    removed first."""
     rectify: bool = True
     """Scenes: also write heights and colours moved to the ground, and what is hidden, into OUT/rectified."""
     store: StoreRecipe = field(default_factory=StoreRecipe)

@@ -114,6 +114,11 @@ class SceneSpec:
     device: str
     threads: int
 
+    @property
+    def in_flight(self) -> int:
+        """Items that keep an actor busy; a block takes some 200 MB while it is made, so never more than five."""
+        return 1 + min(self.threads, 4)
+
     def __call__(self, gpu: int) -> SceneWorker:
         """The worker on the `gpu`-th GPU that this process sees, or on the CPU."""
         return SceneWorker(self, gpu)

@@ -48,7 +48,7 @@ def find_source(recipe: PredictRecipe) -> Source:
     if urls.is_url(recipe.source) or (path / manifest.MANIFEST_NAME).is_file():
         source = _of_shards(recipe)
     elif path.is_file():
-        source = Source(_listed(path) if path.suffix.lower() == ".csv" else [_single(path)])
+        source = Source(listed(path) if path.suffix.lower() == ".csv" else [_single(path)])
     else:
         found = layouts.read_layout(path)
         chosen = [tile for tile in found if tile.split == (split or "test")]
@@ -100,7 +100,7 @@ def key_of(path: Path) -> str:
     return path.name[: -len(path.suffix)].removesuffix("_RGB")
 
 
-def _listed(path: Path) -> list[TileSource]:
+def listed(path: Path) -> list[TileSource]:
     """Tiles of a CSV list: a column with file names relative to it, and if known one with GSDs."""
     problems: list[str] = []
     tables = layouts_tables.read(path.parent, [])
