@@ -175,6 +175,9 @@ def test_out_of_disk(dataset, tmp_path, monkeypatch, after):
         def __init__(self, file):
             self.file = file
 
+        def tell(self):
+            return self.file.tell()
+
         def write(self, data):
             if self.file.tell() + len(data) > after:
                 raise OSError(28, "No space left on device")

@@ -164,17 +164,15 @@ def write_loose(folder: Path, views: list[View]) -> None:
 
 
 def write_members(folder: Path, views: list[View], rgb_codec: str, agl_codec: str) -> None:
-    """The views as a folder of one shard, indexed; the tar is what webdataset reads, too."""
-    import webdataset
-
-    from shards import index_only
+    """The views as a folder of one shard, as packing writes it; webdataset reads it, too."""
+    from shards import index_only, tars
     from shards.pack_recipe import PackRecipe
 
     folder.mkdir()
     rgb_name = codecs.by_name(codecs.RGB_CODECS, rgb_codec).extension
     agl_name = codecs.by_name(codecs.AGL_CODECS, agl_codec).extension
-    with (folder / "train-000000.tar").open("wb") as file:
-        writer = webdataset.TarWriter(file, encoder=False)
+
+    def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
         for view in views:
             assert view.agl_m is not None
             agl_cm = agl_cm_from_m(view.agl_m, unknown_allowed=True)[0]
@@ -182,12 +180,16 @@ def write_members(folder: Path, views: list[View], rgb_codec: str, agl_codec: st
                 view.city, view.place, view.gsd_m, view.scale_px_per_m, view.angle_rad, view.size,
                 tallest_m(agl_cm), unknown_px(agl_cm),
             )  # fmt: skip
-            members = {
-                f"agl.{agl_name}": codecs.encode_agl(agl_codec, agl_cm),
-                "json": facts.to_json(),
-                f"rgb.{rgb_name}": codecs.encode_rgb(rgb_codec, view.rgb),
-            }
-            writer.write({"__key__": view.key, **members})
-        writer.close()
+            yield (
+                view.key,
+                {
+                    f"agl.{agl_name}": codecs.encode_agl(agl_codec, agl_cm),
+                    "json": facts.to_json(),
+                    f"rgb.{rgb_name}": codecs.encode_rgb(rgb_codec, view.rgb),
+                },
+            )
+
+    with (folder / "train-000000.tar").open("wb") as file:
+        tars.write_samples(file, samples())
     index_only.run(PackRecipe(out=str(folder), index_only=True, workers=1))
     assert manifest.open_split(folder, "train").manifest.cities
