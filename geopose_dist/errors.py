@@ -10,6 +10,8 @@ EXIT_DONE = 0
 EXIT_FAILURES = 1
 EXIT_USER = 2
 EXIT_AGAIN = 75
+AGAIN_FILE = "GEOPOSE_AGAIN_FILE"
+"""Variable: a file that ranks make for torchrun's agent once running the same command again makes sense."""
 
 
 class UserError(ValueError):

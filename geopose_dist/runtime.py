@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import datetime
 import os
+import platform
 import signal
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
@@ -23,7 +26,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from geopose_dist.errors import UserError
+from geopose_dist.errors import AGAIN_FILE, LostPeer, UserError
 from geopose_dist.meeting import Meeting
 
 TIMEOUT_S = 600.0
@@ -48,6 +51,7 @@ class World:
         device: where this rank computes.
         control: gloo group for values on the CPU; None in a world of one.
         store: small strings that outlive a broken group, for telling who is lost; None in a world of one.
+        hosts: name of each rank's machine.
     """
 
     rank: int
@@ -57,11 +61,32 @@ class World:
     device: torch.device
     control: Any = None
     store: Any = None
+    hosts: tuple[str, ...] = ()
 
     @property
     def is_first(self) -> bool:
         """Whether this rank writes files and speaks."""
         return self.rank == 0
+
+    def names(self, ranks: Sequence[int]) -> str:
+        """`rank 3`, `ranks 0-2, 5`; with the machine of each, `ranks 0-7 on a, 8 on b`, if there are several."""
+        several = len(set(self.hosts)) > 1
+        spans: list[list[int]] = []
+        for rank in ranks:
+            if (
+                spans
+                and rank == spans[-1][-1] + 1
+                and (not several or self.hosts[rank] == self.hosts[rank - 1])
+            ):
+                spans[-1].append(rank)
+            else:
+                spans.append([rank])
+        text = ", ".join(
+            (str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}")
+            + (f" on {self.hosts[span[0]]}" if several else "")
+            for span in spans
+        )
+        return f"rank{'s' if len(ranks) > 1 else ''} {text}"
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum of `values` over ranks, in place, by the group of the tensor's own device."""
@@ -132,22 +157,51 @@ def join_world(
         return
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     timeout = datetime.timedelta(seconds=timeout_s)
-    store, _, _ = next(rendezvous("env://", rank, size, timeout=MEETING_TIMEOUT))
+    with _finding(rank, MEETING_TIMEOUT.total_seconds()):
+        store, _, _ = next(rendezvous("env://", rank, size, timeout=MEETING_TIMEOUT))
     prepare(Meeting(rank, size, PrefixStore("meeting", store), timeout_s, stopped))
-    dist.init_process_group(
-        backend,
-        store=PrefixStore("group", store),
-        rank=rank,
-        world_size=size,
-        timeout=timeout,
-        device_id=chosen if backend == "nccl" else None,
-    )
     try:
-        control = dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else dist.group.WORLD
-        yield World(rank, size, local_rank, local_size, chosen, control, PrefixStore("geopose", store))
+        with _finding(rank, timeout_s):
+            dist.init_process_group(
+                backend,
+                store=PrefixStore("group", store),
+                rank=rank,
+                world_size=size,
+                timeout=timeout,
+                device_id=chosen if backend == "nccl" else None,
+            )
+            control = (
+                dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else dist.group.WORLD
+            )
+            kept = PrefixStore("geopose", store)
+            world = World(rank, size, local_rank, local_size, chosen, control, kept)
+            hosts = tuple(world.gather_objects(platform.node()))
+        yield replace(world, hosts=hosts)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextmanager
+def _finding(rank: int, wait_s: float) -> Iterator[None]:
+    """Turn what torch says of ranks that do not come into a sentence (LostPeer)."""
+    began = time.monotonic()
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
+            raise
+        waited_s = time.monotonic() - began
+        raise LostPeer(
+            f"rank {rank} on {platform.node()} did not find the other ranks in {waited_s:.0f} s (at most "
+            f"{wait_s:.0f}): {str(error).splitlines()[0]}; run the same command again"
+        ) from error
+
+
+def note_again() -> None:
+    """Tell torchrun's agent that running the same command again makes sense: something was trained, or saved."""
+    if AGAIN_FILE in os.environ:
+        Path(os.environ[AGAIN_FILE]).touch()
 
 
 def choose_device(device: Device, local_rank: int = 0) -> torch.device:
@@ -166,11 +220,13 @@ def choose_device(device: Device, local_rank: int = 0) -> torch.device:
 class StopRequest:
     """Remembers that a signal asked this process to stop; the loop asks once a step.
 
-    Used as a context manager around the work: the former handlers come back at its end.
+    Used as a context manager around the work: the former handlers come back at its end. Under torchrun, the end of
+    its agent asks as well: a rank that nobody watches would go on beside those that are started in its place.
     """
 
     def __init__(self) -> None:
         self.signal_name = ""
+        self._agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._former: dict[signal.Signals, Callable[..., Any] | int | None] = {}
 
     def __enter__(self) -> StopRequest:
@@ -185,5 +241,12 @@ class StopRequest:
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         self.signal_name = signal.Signals(number).name
 
+    @property
+    def reason(self) -> str:
+        """What asked; empty if nothing did."""
+        if not self.signal_name and self._agent is not None and os.getppid() != self._agent:
+            self.signal_name = f"the end of torchrun on {platform.node()}"
+        return self.signal_name
+
     def __bool__(self) -> bool:
-        return bool(self.signal_name)
+        return bool(self.reason)

@@ -13,10 +13,12 @@
 #   CONFIG            recipe: a file or a shipped name (smoke)
 #   SHARDS, OUT       folder of shards and run folder, where --data.shards and --out are not among the words
 #   NPROC             processes on this node (all GPUs, or 2 without one)
-#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT     the nodes (1, 0, localhost, 29400); node 0 runs at MASTER_ADDR
+#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT     the nodes (1, 0, localhost, 29400); node 0 runs at MASTER_ADDR.
+#                     NNODES=2:8 is elastic: 2 to 8 nodes, which may come and go (README.md, "What survives what")
 #   RDZV_ID           name of this job, the same on every node (geopose)
 #   MEET_TIMEOUT      seconds to wait for the other nodes (900)
-#   MAX_RESTARTS      how often torchrun itself starts crashed ranks again (0: leave it to the batch system)
+#   MAX_RESTARTS      how often torchrun itself starts lost ranks again (0: leave it to the batch system; elastic: 100)
+#   RDZV_CONF         more settings of the rendezvous, such as last_call_timeout=10,keep_alive_interval=2
 #   SHUTDOWN_TIMEOUT  seconds for the last step and the save (300)
 #   DRY_RUN=1         print the command and stop
 #   PYTHON            interpreter (.venv/bin/python of this checkout, else python3)
@@ -63,16 +65,18 @@ else
   # is_host says outright who holds the store; by default the name in the endpoint is compared with the host's own,
   # which fails behind aliases and in network namespaces, and then every node waits for ever.
   command+=(--rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-id "${RDZV_ID:-geopose}")
-  command+=(--rdzv-conf "is_host=$((NODE_RANK == 0 ? 1 : 0)),join_timeout=$MEET_TIMEOUT")
+  command+=(--rdzv-conf "is_host=$((NODE_RANK == 0 ? 1 : 0)),join_timeout=$MEET_TIMEOUT${RDZV_CONF:+,$RDZV_CONF}")
 fi
 [ -n "${LOCAL_ADDR:-}" ] && command+=(--local-addr "$LOCAL_ADDR")
-# A rank that leaves with 75 counts as a crash for torchrun, so its restarts are off unless asked for.
+# Ranks that were lost are started again up to so often, and never those that ended with an error. A fixed number of
+# nodes waits for a lost one in vain, so there restarts are the batch system's work.
+case $NNODES in *:*) MAX_RESTARTS=${MAX_RESTARTS:-100} ;; esac
 command+=(--max-restarts "${MAX_RESTARTS:-0}")
 command+=(--signals-to-handle "$HANDLED_SIGNALS" --shutdown-timeout "$SHUTDOWN_TIMEOUT")
 [ "$NUMA_BINDING" != none ] && command+=(--numa-binding "$NUMA_BINDING")
 # What each rank says: on the console behind its name, and in a file of its own below the run folder.
 # shellcheck disable=SC2016 # torchrun puts the rank in, not the shell
-[ "$((NPROC * NNODES))" -gt 1 ] && command+=(--tee 3 --log-dir "$OUT/logs" --log-line-prefix-template '[rank ${rank}] ')
+[ "$NPROC:$NNODES" != 1:1 ] && command+=(--tee 3 --log-dir "$OUT/logs" --log-line-prefix-template '[rank ${rank}] ')
 command+=(-m geopose_dist train --config "${CONFIG:-smoke}")
 
 if [ -z "$shards_given" ] && [ "$NNODES" = 1 ]; then
@@ -128,14 +132,21 @@ while :; do
   kill -0 "$child" 2>/dev/null || break
 done
 
-# A signal or a lost rank ends torchrun with 1; what it means is in the run folder. A state from before this start
-# does not count, or a run that fails at once would be queued again for ever.
+# geopose_dist.torchrun leaves with 75 where the same command will go on. Only a torchrun that was killed cannot say it:
+# then its ranks save and leave, and the run folder tells how. A state from before this start does not count, or a run
+# that fails at once would be queued again for ever.
 state=$OUT/state.json
-if [ "$code" != 0 ] && [ "$state" -nt "$began" ]; then
-  if grep -q '"status": *"preempted"' "$state"; then
+stands() { [ "$state" -nt "$began" ] && grep -q "\"status\": *\"$1\"" "$state"; }
+if [ "$code" -ge 128 ]; then
+  echo "launch/torchrun.sh: torchrun on $(hostname) was ended by signal $((code - 128)); its ranks save and leave" >&2
+  until=$((SECONDS + SHUTDOWN_TIMEOUT))
+  until stands preempted || stands lost || [ "$SECONDS" -ge "$until" ]; do sleep 1; done
+fi
+if [ "$code" != 0 ]; then
+  if stands preempted; then
     echo "launch/torchrun.sh: preempted after saving in $OUT; run the same command again to go on" >&2
     exit 75
-  elif grep -q '"status": *"lost"' "$state"; then
+  elif stands lost || [ "$code" = 75 ]; then
     echo "launch/torchrun.sh: a rank was lost; run the same command again to go on from the last checkpoint in $OUT" >&2
     exit 75
   fi

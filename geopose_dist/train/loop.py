@@ -12,7 +12,7 @@ import sys
 import torch
 
 from geopose_dist.errors import Preempted
-from geopose_dist.runtime import StopRequest, World, join_world
+from geopose_dist.runtime import StopRequest, World, join_world, note_again
 from geopose_dist.train import opening, panels, validate
 from geopose_dist.train.metrics import Meter, write_metrics
 from geopose_dist.train.optim import lr_factor, set_lr
@@ -57,12 +57,13 @@ def train(session: Session, stop: StopRequest, watch: Watch | None = None) -> No
     watch = watch or Watch(world, recipe.timeout_s, recipe.out)
     meter = Meter(recipe.data.global_batch)
     steps = DevicePrefetch(session.loader, world.device)
+    began = session.progress.step
     with session.progress_bar() as bar, profiled(recipe, world) as profile_step:
         while True:
             step = session.progress.step
             watch.at(f"step {step + 1}: agreeing to go on")
             session.writer.check()
-            elapsed_s, asked, replaced = agree(world, session.elapsed_s(), stop, session.damage.count)
+            elapsed_s, asked, replaced = agree(world, session.elapsed_s(), bool(stop), session.damage.count)
             session.damage.agreed(replaced)
             fraction = session.fraction(elapsed_s)
             if fraction >= 1 or session.worn_out():
@@ -70,9 +71,10 @@ def train(session: Session, stop: StopRequest, watch: Watch | None = None) -> No
             if asked:
                 save(session, elapsed_s, wait=True)
                 session.set_status("preempted")
+                note_again()
+                why = stop.reason or f"a request to {asked}"
                 raise Preempted(
-                    f"stopped by {stop.signal_name or 'a signal to another rank'} after step {step}, which is saved in "
-                    f"{recipe.out}; run the same command to go on"
+                    f"stopped by {why} after step {step}, which is saved in {recipe.out}; run the same command to go on"
                 )
             set_lr(session.stepper.optimizer, lr_factor(recipe.optim, step, fraction))
             watch.at(f"step {step + 1}: waiting for data")
@@ -85,6 +87,8 @@ def train(session: Session, stop: StopRequest, watch: Watch | None = None) -> No
             if session.ema is not None:
                 session.ema.update(session.net, step)
             session.advance(elapsed_s)
+            if step == began:
+                note_again()
             meter.stepped()
             meter.waiting(steps.ahead)
             if session.progress.step % recipe.log_every == 0 or session.is_last():
@@ -106,11 +110,12 @@ def train(session: Session, stop: StopRequest, watch: Watch | None = None) -> No
     session.say(session.summary())
 
 
-def agree(world: World, elapsed_s: float, stop: StopRequest, replaced: int) -> tuple[float, bool, int]:
-    """Rank 0's clock, whether any rank was asked to stop, and what all replaced: one small exchange on the CPU."""
-    mine = [elapsed_s if world.is_first else 0.0, float(bool(stop)), float(replaced)]
-    clock, asked, of_all = world.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
-    return clock, asked > 0, int(of_all)
+def agree(world: World, elapsed_s: float, stop: bool, replaced: int) -> tuple[float, str, int]:
+    """Rank 0's clock, which rank was asked to stop, and what all replaced: one small exchange on the CPU."""
+    mine = [elapsed_s if world.is_first else 0.0, float(replaced), float(stop), stop * (world.rank + 1.0)]
+    clock, of_all, count, place = world.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
+    asked = world.names([int(place) - 1]) if count == 1 else f"{count:.0f} ranks"
+    return clock, asked if count else "", int(of_all)
 
 
 def take_score(session: Session) -> None:

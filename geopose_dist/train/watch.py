@@ -47,6 +47,9 @@ class Watch:
     def at(self, place: str) -> None:
         """Note where this rank is, for those who may come to wait for it."""
         self._place, self._since = place, time.monotonic()
+        if self._told:  # it was slow, and is not stuck: should it die later, this would look like an answer
+            self._told = ""
+            self._say(f"place/{self.world.rank}", "")
 
     def __enter__(self) -> Watch:
         if self.world.size > 1:
@@ -81,8 +84,7 @@ class Watch:
             self._say("ended/0", str(error))
         else:
             self._say(f"ended/{self.world.rank}", str(error))
-            if self._there("ended/0", SAME_S):
-                error.said = self.world.store.get("ended/0").decode() == str(error)
+            error.said = self._heard("ended/0", SAME_S) == str(error)
 
     def _look(self) -> None:
         """The thread: publish where this rank is stuck, and say it where nothing else will.
@@ -115,16 +117,17 @@ class Watch:
         if present[0] == self.world.rank:
             self.on_lost()
         told = "; ".join(
-            f"{_names([r for r in present if places[r] == place])} at {place}"
+            f"{self.world.names([r for r in present if places[r] == place])} at {place}"
             for place in dict.fromkeys(places[r] for r in present)
         )
         absent = [rank for rank in range(self.world.size) if rank not in places]
         if self._store_gone:
-            silent = "rank 0, through which ranks tell where they are, gave no answer"
+            silent = f"{self.world.names([0])}, through which ranks tell where they are, gave no answer"
         else:
-            silent = f"{_names(absent)} gave no answer" if absent else "all answer, but do not meet"
+            silent = f"{self.world.names(absent)} gave no answer" if absent else "all answer, but do not meet"
+        who = self.world.names([self.world.rank])
         return LostPeer(
-            f"rank {self.world.rank} lost its peers after waiting {waited_s:.0f} s (timeout_s {self.timeout_s:g}): "
+            f"{who} lost its peers after waiting {waited_s:.0f} s (timeout_s {self.timeout_s:g}): "
             f"{silent}; {told}; run the same command to go on from the last checkpoint in {self.out}"
         )
 
@@ -138,18 +141,17 @@ class Watch:
         def ask() -> None:
             until = time.monotonic() + self._grace_s()
             for rank in set(range(self.world.size)) - {self.world.rank}:
-                name = f"place/{rank}"
-                if self._there(f"ended/{rank}", 0.0):
-                    ended[rank] = self.world.store.get(f"ended/{rank}").decode()
-                elif self._there(name, until - time.monotonic()):
-                    places[rank] = self.world.store.get(name).decode()
+                if why := self._heard(f"ended/{rank}", 0.0):
+                    ended[rank] = why
+                elif place := self._heard(f"place/{rank}", until - time.monotonic()):
+                    places[rank] = place
             self._say(f"read/{self.world.rank}", "yes")
             if self.world.is_first:
                 self._keep_store(set(places) - {0})
 
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
-        asking.join(3 * self._grace_s())
+        asking.join((2 if self.world.is_first else 1) * self._grace_s() + 1)
         self._store_gone |= asking.is_alive()
         return dict(places), dict(ended)
 
@@ -157,8 +159,8 @@ class Watch:
         """Rank 0 holds the store: let the others read before it goes."""
         until = time.monotonic() + self._grace_s()
         for rank in readers:
-            if not self._there(f"ended/{rank}", 0.0):
-                self._there(f"read/{rank}", until - time.monotonic())
+            if not self._heard(f"ended/{rank}", 0.0):
+                self._heard(f"read/{rank}", until - time.monotonic())
 
     def _grace_s(self) -> float:
         return min(GRACE_S, self.timeout_s)
@@ -170,31 +172,19 @@ class Watch:
         except dist.DistError:
             self._store_gone = True  # with rank 0, which is what there is to tell
 
-    def _there(self, name: str, wait_s: float) -> bool:
-        """Whether `name` is in the store, or comes within `wait_s`.
+    def _heard(self, name: str, wait_s: float) -> str:
+        """What is in the store under `name`, now or within `wait_s`; empty if nothing is.
 
         Asked for again and again, because torch writes a warning for every wait that ends without an answer.
         """
         until, pause = time.monotonic() + wait_s, threading.Event()
         try:
             while not self._store_gone:
-                if self.world.store.check([name]):
-                    return True
+                if self.world.store.check([name]) and (value := self.world.store.get(name).decode()):
+                    return str(value)
                 if time.monotonic() >= until:
-                    return False
+                    break
                 pause.wait(POLL_S)
         except dist.DistError:
             self._store_gone = True
-        return False
-
-
-def _names(ranks: list[int]) -> str:
-    """`rank 3` or `ranks 0-2, 5`."""
-    spans: list[list[int]] = []
-    for rank in ranks:
-        if spans and rank == spans[-1][-1] + 1:
-            spans[-1].append(rank)
-        else:
-            spans.append([rank])
-    text = ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans)
-    return f"rank{'s' if len(ranks) > 1 else ''} {text}"
+        return ""
