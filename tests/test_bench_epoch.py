@@ -143,19 +143,3 @@ def test_more_loader_never_makes_the_loader_the_bound() -> None:
 def test_epoch_without_a_recipe_is_refused(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "epoch", "--shards", str(shards)]) == 2
     assert "bench epoch needs --config, a training recipe such as train/base" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_step_stands_beside_the_benchmarks_way_and_agrees_with_it(tmp_path: Path) -> None:
-    out = tmp_path / "step.json"
-    small = ["--run.data.crop-px", "64", "--run.data.micro-batch", "2", "--repeats", "1"]
-    assert cli.main(["bench", "step", "--config", "smoke", *small, "--json", str(out)]) == 0
-    rows = json.loads(out.read_text())["results"]
-    assert rows[0]["case"] == "step, the benchmark's way"
-    assert [row["precision"] for row in rows[1:]] == ["fp32", "fp32", "bf16", "fp32"]
-    for row in rows[1:]:
-        assert row["speedup"] == pytest.approx(row["tiles_per_s"] / rows[0]["tiles_per_s"])
-        assert row["loss_off"] <= 0.05
-    # A U-Net's cost: forward, and twice as much backward, for each pixel.
-    assert 0.3 < rows[0]["gflop_per_tile"] < 3
-    assert rows[0]["tflops"] == pytest.approx(rows[0]["tiles_per_s"] * rows[0]["gflop_per_tile"] / 1e3)

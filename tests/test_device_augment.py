@@ -306,13 +306,3 @@ def test_one_sample_takes_less_than_40_mb() -> None:
     assert row["arrays_mb"] > row["batch_mb"], "or nothing was measured"
     assert row["arrays_mb"] <= cases_device.LIMIT_MB
     assert math.isnan(row["resident_mb"]) or row["batch_mb"] < row["resident_mb"] <= cases_device.LIMIT_MB
-
-
-@pytest.mark.slow
-def test_the_bench_case_runs_and_its_results_are_checked() -> None:
-    from geopose_dist.bench import cases_device
-
-    row = cases_device._row(256, 1)  # the case's own crops are larger and take longer
-    assert row["checked"]
-    assert row["shipped_mb"] > row["shipped_mb_where_workers"] > 0
-    assert row["worker_ms"] > 0 < row["device_ms"]

@@ -1,8 +1,8 @@
 """Samples per second out of a store: one read after another beside several under way, and beside the cache.
 
 Without `--shards`, a web server on loopback answers after 30 ms, as a store in the same region does, with samples of
-2.5 MB; with `--shards URL`, that store is read (its first 64 samples), its credentials from the environment. Only
-reading and checking is measured, no decoding.
+2.5 MB; with `--shards FOLDER`, with those; with `--shards URL`, that store is read (its first 64 samples), its
+credentials from the environment. Only reading and checking is measured, no decoding.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from pathlib import Path
 import numpy as np
 
 from geopose_dist.bench import loopback
-from geopose_dist.bench.harness import Row, timing
+from geopose_dist.bench.harness import Row, check, timing
 from geopose_dist.data import manifest, urls
 from geopose_dist.data.catalogue import open_shards, read_manifest
 from geopose_dist.data.reader import Reader
 from geopose_dist.data.source import crc32
 from geopose_dist.data.store_recipe import StoreRecipe
-from geopose_dist.errors import UserError
 
 SAMPLES, SAMPLE_BYTES, LATENCY_MS = 32, 2_500_000, 30.0
+QUICK = {"SAMPLES": 12, "SAMPLE_BYTES": 4096}
 MOST_SAMPLES = 64
 MICRO_BATCH = 16
 IN_FLIGHT = (4, 8, 16)
@@ -44,6 +44,7 @@ def store(repeats: int, shards: str | None = None) -> list[Row]:
         readers = {name: Reader(open_shards(place, split, recipe)) for name, recipe in ways.items()}
         for reader in readers.values():
             _read_all(reader)  # connections, threads and the cache are there when the clock starts
+        check_equal(readers)
         wall: dict[str, list[float]] = {name: [] for name in ways}
         cpu: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(repeats):
@@ -53,6 +54,18 @@ def store(repeats: int, shards: str | None = None) -> list[Row]:
                 wall[name].append((time.perf_counter() - began) / read)
                 cpu[name].append((time.process_time() - cpu_began) / read)
         return [_row(name, wall, cpu, readers[name]) for name in ways]
+
+
+def check_equal(readers: dict[str, Reader]) -> None:
+    """Every way gives the bytes that reading one after another gives, and those are what the index says."""
+    first = readers[ALONE]
+    for name, reader in readers.items():
+        indices = range(min(len(reader), MICRO_BATCH))
+        reader.prefetch(indices)
+        for index in indices:
+            data = reader.raw(index)
+            same = data == first.raw(index) and crc32(data) == int(first.shard_set.index["crc32"][index])
+            check(same, f"{name}: sample {index} has other bytes")
 
 
 def _row(name: str, wall: dict[str, list[float]], cpu: dict[str, list[float]], reader: Reader) -> Row:
@@ -84,12 +97,14 @@ def _read_all(reader: Reader) -> int:
 @contextlib.contextmanager
 def _place(work: Path, shards: str | None) -> Iterator[str]:
     """The URL to read."""
-    if shards is not None:
-        if not urls.is_url(shards):
-            raise UserError(f"--shards {shards}: bench store measures a store; name a URL, or nothing")
+    if shards is not None and urls.is_url(shards):
         yield shards
         return
-    write_noise(work / "shards")
+    folder = work / "shards"
+    if shards is None:
+        write_noise(folder)
+    else:
+        folder.symlink_to(Path(shards).resolve(), target_is_directory=True)
     with loopback.serving(work, LATENCY_MS) as address:
         yield f"{address}/shards"
 

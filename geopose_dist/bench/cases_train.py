@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from geopose_dist.bench.harness import Row, timing
+from geopose_dist.bench.harness import Row, check, timing
 from geopose_dist.model.recipe import ModelRecipe
 from geopose_dist.model.unet import GeoposeNet
 from geopose_dist.runtime import choose_device
@@ -22,11 +22,14 @@ from geopose_dist.train.optim import AveragedWeights, make_optimizer
 from geopose_dist.train.recipe import CheckpointRecipe, OptimRecipe, TrainRecipe
 from geopose_dist.train.saving import Writer
 
+ENCODER = "resnet34"
+QUICK = {"ENCODER": "tu-mobilenetv3_small_050"}
+
 
 def checkpoint_case(repeats: int) -> Row:
     """Milliseconds that training stops for a checkpoint of a ResNet-34 U-Net with AdamW and averaged weights."""
     device = choose_device("auto")
-    net = GeoposeNet(ModelRecipe()).to(device)
+    net = GeoposeNet(ModelRecipe(encoder=ENCODER)).to(device)
     snapshot = snapshot_of(net, device)
     stops: dict[bool, list[float]] = {True: [], False: []}
     whole: dict[bool, list[float]] = {True: [], False: []}
@@ -43,6 +46,8 @@ def checkpoint_case(repeats: int) -> Row:
                     whole[kind].append(time.perf_counter() - began)
         for writer in writers.values():
             writer.close()
+        for kind in writers:
+            check_whole(Path(folder) / str(kind), repeats, snapshot)
     background, foreground = timing(stops[True]), timing(stops[False])
     return {
         "stop_ms": 1e3 * background.median_s,
@@ -54,8 +59,24 @@ def checkpoint_case(repeats: int) -> Row:
         "whole_after_ms": 1e3 * timing(whole[True]).median_s,
         "mib": checkpoint.size_bytes(net, averaged=True) / 2**20,
         "device": device.type,
+        "encoder": ENCODER,
+        "checked": "gives back what was saved",
         "repeats": repeats,
     }
+
+
+def check_whole(run: Path, step: int, snapshot: Snapshot) -> None:
+    """The newest checkpoint gives back what was saved, bit for bit."""
+    found = checkpoint.load(run / "checkpoints" / f"step-{step:08d}")
+    for what in ("model", "ema"):
+        wanted, there = getattr(snapshot, what), getattr(found, what)
+        same = wanted.keys() == there.keys() and all(
+            torch.equal(value.detach().cpu(), there[name]) for name, value in wanted.items()
+        )
+        check(same, f"the checkpoint gives back other weights ({what})")
+    wanted, there = snapshot.optimizer["state"], found.optimizer["state"]
+    same = all(torch.equal(wanted[n]["exp_avg"].cpu(), there[n]["exp_avg"]) for n in wanted)
+    check(same, "the checkpoint gives back another optimiser")
 
 
 def snapshot_of(net: GeoposeNet, device: torch.device) -> Snapshot:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from geopose_dist.augment import Augmenter, AugmentRecipe
 from geopose_dist.bench.cases_codecs import in_turn, ratio
-from geopose_dist.bench.harness import Row, timing
+from geopose_dist.bench.harness import Row, check, timing
 from geopose_dist.data import codecs, tiff
 from geopose_dist.data.reader import Reader, open_shards
 from geopose_dist.data.recipe import DataRecipe
@@ -37,6 +37,7 @@ TILE_PX = 2048
 CROPS_PX = (512, 768, 1024)
 VISITS = 6
 """Draws of each tile in a round; the same for every way."""
+QUICK = {"TILE_PX": 192, "CROPS_PX": (64,), "VISITS": 2}
 WHOLE = "qoi + lerc, whole tile"
 """The baseline: decode the tile, then draw and crop, with the codecs that are the default."""
 KINDS = {
@@ -153,7 +154,7 @@ def _check_equal(ways: dict[str, Way]) -> None:
             found: Any = way.samples.__getitems__([request])
             for field in ("rgb", "agl_cm", "scale_px_per_m", "direction", "gsd_m"):
                 same = np.array_equal(getattr(found, field).numpy(), getattr(wanted, field).numpy())
-                assert same, f"{name} makes another {field} of {request}"
+                check(same, f"{name} makes another {field} of {request}")
 
 
 def _peak(call: Callable[[], object]) -> int:
@@ -205,7 +206,7 @@ def _members(kind: str, images: list[Pixels], repeats: int) -> list[Row]:
         kilobytes[name] = sum(map(len, data)) / len(data) / 1e3
         for one, image in zip(data, images, strict=True):
             cut = windows[CROPS_PX[0]][0]
-            assert np.array_equal(decode(one, cut), image[cut.slices]), f"{name} gives other pixels"
+            check(np.array_equal(decode(one, cut), image[cut.slices]), f"{name} gives other pixels")
         for side, cuts in windows.items():
             calls[f"{name} {side}"] = functools.partial(_decode_all, decode, data, cuts)
     seconds = in_turn(calls, repeats)

@@ -16,6 +16,7 @@ import difflib
 import gc
 import importlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -30,14 +31,14 @@ from pathlib import Path
 from typing import Any
 
 from geopose_dist import files
-from geopose_dist.bench.recipe import BenchRecipe
+from geopose_dist.bench.recipe import BenchRecipe as BenchRecipe
 from geopose_dist.errors import FinishedWithFailures, UserError
 from geopose_dist.train.recipe import TrainRecipe
 
 Row = dict[str, Any]
 Case = Callable[..., Any]
 
-BY_NAME_ONLY = ("accuracy", "enlarge", "leak", "scaling", "similarity", "transfer")
+BY_NAME_ONLY = ("accuracy", "enlarge", "leak", "scaling", "similarity", "submission", "transfer")
 """Cases that take long and want more than defaults: run when they are named."""
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLOSC_NTHREADS")
@@ -224,6 +225,7 @@ def run(recipe: BenchRecipe) -> None:
     with quick.sizes(known[name] for name in names) if recipe.quick else contextlib.nullcontext():
         for name in names:
             print(f"bench: {name} ...", file=sys.stderr, flush=True)
+            began = time.monotonic()
             try:
                 for row in rows_of(name, known[name], offered):
                     rows.append(row)
@@ -233,6 +235,7 @@ def run(recipe: BenchRecipe) -> None:
             except FinishedWithFailures as error:
                 failed.append(f"{name}: {error}")
                 save(recipe.json, facts)
+            print(f"bench: {name} took {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
     _print_table(rows, facts)
     if failed:
         raise FinishedWithFailures("\n  ".join([f"{len(failed)} of {len(names)} cases failed:", *failed]))
@@ -269,27 +272,33 @@ def _plain(value: object) -> object:
 
 
 def _print_table(rows: list[Row], facts: Mapping[str, Any]) -> None:
+    """A table for each kind of case, then what it was taken with and the verdict."""
     from rich.console import Console
+
+    # A log file is no terminal, and a number cut to fit is no number.
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    for _, alike in itertools.groupby(rows, key=lambda row: str(row["case"]).partition(",")[0]):
+        _print_rows(console, list(alike))
+    cpu, cores = facts["machine"]["cpu"], facts["machine"]["cores"]
+    console.print(f"{cpu}, {cores} cores; {facts['date']}; commit {facts['commit'][:12]}", markup=False)
+    console.print(facts["verdict"].replace("; ", "\n"), markup=False)
+
+
+def _print_rows(console: Any, rows: list[Row]) -> None:
     from rich.table import Table
 
-    if not rows:
-        return
     columns = list(dict.fromkeys(key for row in rows for key in row if key != "verdict"))
     alike = shared_facts(rows)
     columns = [column for column in columns if column not in alike]
-    cpu, cores = facts["machine"]["cpu"], facts["machine"]["cores"]
-    table = Table(caption=f"{cpu}, {cores} cores; {facts['date']}; commit {facts['commit'][:12]}")
+    table = Table()
     for column in columns:
         numbers = all(isinstance(row.get(column, 0), int | float) for row in rows)
         table.add_column(column, justify="right" if numbers else "left")
     for row in rows:
         table.add_row(*(_shown(row.get(column, "")) for column in columns))
-    # A log file is no terminal, and a number cut to fit is no number.
-    console = Console() if sys.stdout.isatty() else Console(width=200)
     if alike:
         console.print(", ".join(f"{name} {_shown(value)}" for name, value in alike.items()), markup=False)
     console.print(table)
-    console.print(facts["verdict"], markup=False)
 
 
 def shared_facts(rows: list[Row]) -> Row:

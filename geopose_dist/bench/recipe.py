@@ -11,6 +11,7 @@ from typing import ClassVar
 import yaml
 
 from geopose_dist import config
+from geopose_dist.bench.submission_recipe import SubmissionRecipe
 from geopose_dist.train.recipe import TrainRecipe
 
 
@@ -104,10 +105,14 @@ class BenchRecipe:
     """The training recipe that epoch and step measure; --config train/base lays it here."""
     steps: int = 10
     """Optimiser steps of one measurement of epoch and step."""
+    batches: tuple[int, ...] = ()
+    """Further micro-batches in which step measures the recipe."""
     scaling: ScalingRecipe = field(default_factory=ScalingRecipe)
     """The cluster that scaling predicts."""
     accuracy: AccuracyRecipe = field(default_factory=AccuracyRecipe)
     """The runs that accuracy compares."""
+    submission: SubmissionRecipe = field(default_factory=SubmissionRecipe)
+    """The test set that submission predicts and packs."""
     tiles: int = 5923
     """Tiles of the epoch whose length is told; the challenge's training set has 5,923."""
     out: Path | None = None
@@ -129,6 +134,8 @@ class BenchRecipe:
             raise ValueError(f"--repeats is {self.repeats}; wanted at least 1")
         if self.threads < 0:
             raise ValueError(f"--threads is {self.threads}; wanted 0 (as they are) or more")
+        if not all(size > 0 for size in self.batches):
+            raise ValueError(f"--batches is {list(self.batches)}; wanted numbers of tiles above 0")
         if self.steps < 1 or self.tiles < 1:
             raise ValueError(f"--steps is {self.steps}, --tiles {self.tiles}; wanted at least 1 of each")
 
