@@ -167,6 +167,12 @@ SPOILT = {
         ),
         "36864 pixels are NaN",
     ),
+    "float infinity": (
+        lambda pred: _spoil_heights(
+            pred / "OMA_ghyOLs_AGL.tif", lambda h: np.full(h.shape, np.inf, np.float32)
+        ),
+        "36864 pixels are NaN or infinite",
+    ),
     "uint8": (
         lambda pred: _spoil_heights(pred / "OMA_ghyOLs_AGL.tif", lambda h: h.astype(np.uint8)),
         "dtype uint8",

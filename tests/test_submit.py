@@ -91,6 +91,10 @@ def _unknown(heights: np.ndarray) -> np.ndarray:
 
 SPOILT = {
     "missing": (lambda pred: (pred / "JAX_bbbbbb_AGL.tif").unlink(), "JAX_bbbbbb_AGL.tif: missing"),
+    "missing pose": (
+        lambda pred: (pred / "JAX_bbbbbb_VFLOW.json").unlink(),
+        "JAX_bbbbbb_VFLOW.json: missing",
+    ),
     "extra tile": (
         lambda pred: shutil.copy(pred / "JAX_bbbbbb_AGL.tif", pred / "JAX_dddddd_AGL.tif"),
         "JAX_dddddd_AGL.tif: not in the format folder",
@@ -103,6 +107,20 @@ SPOILT = {
     ),
     "dtype": (_heights("OMA_cccccc", lambda h: h.astype(np.int16)), "OMA_cccccc_AGL.tif: dtype int16"),
     "float": (_heights("OMA_cccccc", lambda h: h.astype(np.float32)), "OMA_cccccc_AGL.tif: dtype float32"),
+    "infinity": (
+        _heights("OMA_cccccc", lambda h: np.where(h > 1500, np.inf, h).astype(np.float32)),
+        "pixels are NaN or infinite",
+    ),
+    "three channels": (
+        _heights("OMA_cccccc", lambda h: np.stack([h] * 3, -1)),
+        "OMA_cccccc_AGL.tif: size 40 x 56 x 3; wanted 40 x 56",
+    ),
+    "cut": (
+        lambda pred: (pred / "OMA_cccccc_AGL.tif").write_bytes(
+            (pred / "OMA_cccccc_AGL.tif").read_bytes()[:-90]
+        ),
+        "OMA_cccccc_AGL.tif: cannot be read",
+    ),
     "NaN": (
         _heights("OMA_cccccc", lambda h: np.where(h > 1500, np.nan, h).astype(np.float32)),
         "pixels are NaN or infinite",
@@ -111,6 +129,14 @@ SPOILT = {
     "px/m": (
         lambda pred: (pred / "ARG_aaaaaa_VFLOW.json").write_text('{"scale": 0.5, "angle": 0}'),
         "ARG_aaaaaa_VFLOW.json: scale is 0.5, which looks like px/m",
+    ),
+    "NaN scale": (
+        lambda pred: (pred / "ARG_aaaaaa_VFLOW.json").write_text('{"scale": NaN, "angle": 0}'),
+        "ARG_aaaaaa_VFLOW.json: scale is nan",
+    ),
+    "scale 0": (
+        lambda pred: (pred / "ARG_aaaaaa_VFLOW.json").write_text('{"scale": 0, "angle": 0}'),
+        "ARG_aaaaaa_VFLOW.json: scale is 0",
     ),
     "NaN angle": (
         lambda pred: (pred / "ARG_aaaaaa_VFLOW.json").write_text('{"scale": 0.005, "angle": NaN}'),

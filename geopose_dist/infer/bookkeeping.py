@@ -1,7 +1,8 @@
 """The dot-folder beside predictions: who writes there, what made them, and what could not be done.
 
 `.geopose-predict/` remembers the checkpoints and settings behind the outputs, so that a run goes on only with
-the same ones; its lock keeps a second driver out; `failures.jsonl` lists what failed. A finished run that is
+the same ones; its lock keeps a second driver out; `failures.jsonl` lists what failed, `last_job.json` says how fast
+the last tiles went and what bound them. A finished run that is
 started again touches nothing.
 """
 

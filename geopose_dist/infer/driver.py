@@ -7,6 +7,7 @@ nothing. One georeferenced GeoTIFF goes another way, by windows: see `scene`.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from geopose_dist import metrics_log
 from geopose_dist.errors import FinishedWithFailures
+from geopose_dist.files import write_bytes
 from geopose_dist.infer import writer
 from geopose_dist.infer.bookkeeping import (
     BOOKKEEPING,
@@ -127,6 +129,7 @@ def _predict(recipe: PredictRecipe, spec: WorkSpec, source: Source) -> Outcome:
     outcome.written = len(source.tiles) - len(told)
     if not todo:
         return outcome
+    began = time.monotonic()
     with (
         open_crew(recipe, spec, len(todo)) as crew,
         metrics_log.Progress(outcome.total, f"predict, {crew.where}", start=outcome.written) as progress,
@@ -138,6 +141,12 @@ def _predict(recipe: PredictRecipe, spec: WorkSpec, source: Source) -> Outcome:
     outcome.failures += not_here(recipe.out, outcome.keys)
     if said := outcome.loads.in_words():
         print(f"predict: {said}", file=sys.stderr)
+    facts = {
+        "tiles": len(outcome.keys),
+        "seconds": round(time.monotonic() - began, 3),
+        **outcome.loads.facts(),
+    }
+    write_bytes(recipe.out / BOOKKEEPING / "last_job.json", (json.dumps(facts, indent=1) + "\n").encode())
     return outcome
 
 

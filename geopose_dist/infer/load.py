@@ -106,6 +106,16 @@ class Loads:
             return "neither network nor reading and writing", max(network, hands)
         return ("network", network) if network >= hands else ("reading and writing", hands)
 
+    def facts(self) -> dict[str, object]:
+        """The shares and the bottleneck for programs; None before there is anything to say."""
+        network, hands = self.shares() or (None, None)
+        found = self.bottleneck()
+        return {
+            "network_busy": network,
+            "reading_and_writing_busy": hands,
+            "bottleneck": found[0] if found else None,
+        }
+
     def in_words(self) -> str:
         """One clause for people; empty before there is anything to say."""
         shares, found = self.shares(), self.bottleneck()
