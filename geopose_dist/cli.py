@@ -119,6 +119,11 @@ VERBS: dict[str, Verb] = {
         "geopose_dist.report.run_page:ReportRecipe",
         "geopose_dist.report.run_page:run",
     ),
+    "view": Verb(
+        "one tile in three dimensions, its lean removed, truth beside prediction; one HTML page",
+        "geopose_dist.report.view:ViewRecipe",
+        "geopose_dist.report.view:run",
+    ),
     "bench": Verb(
         "measure kernels, loader and step, each beside its baseline",
         "geopose_dist.bench.recipe:BenchRecipe",

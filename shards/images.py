@@ -6,6 +6,7 @@ another kind than the layout says. The size that a header claims is judged befor
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ HEADER_BYTES = 65536
 
 def read_rgb(path: Path) -> U8:
     """uint8 [H, W, 3] of an image file (UserError)."""
-    pixels = _decode(path)
+    pixels = _decode(path, _bytes(path))
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         bands = pixels.shape[2] if pixels.ndim == 3 else 1
         raise UserError(
@@ -41,9 +42,19 @@ def read_rgb(path: Path) -> U8:
 
 def read_agl_m(path: Path, unit: str) -> F32:
     """float32 metres [H, W], NaN = unknown, of an AGL file: uint16 if unit is cm, else float (UserError)."""
-    pixels = _decode(path)
+    return read_heights(path, unit)[0]
+
+
+def read_heights(path: Path, unit: str) -> tuple[F32, str]:
+    """Heights as `read_agl_m` gives them, and their unit; an empty unit is judged by the kind of numbers.
+
+    The file is opened once.
+    """
+    data = _bytes(path)
+    pixels = _decode(path, data)
     if pixels.ndim == 3 and 1 in (pixels.shape[0], pixels.shape[2]):
         pixels = pixels.squeeze()
+    unit = unit or ("cm" if pixels.dtype.kind == "u" else "m")
     wanted = "uint16 centimetres" if unit == "cm" else "float metres"
     kind_fits = pixels.dtype == np.uint16 if unit == "cm" else pixels.dtype.kind == "f"
     if not kind_fits or pixels.ndim != 2:
@@ -52,9 +63,9 @@ def read_agl_m(path: Path, unit: str) -> F32:
             "elsewhere in this dataset; convert or remove the file"
         )
     if unit == "cm":
-        return agl_m_from_cm(pixels)
+        return agl_m_from_cm(pixels), unit
     agl_m: F32 = pixels.astype(np.float32)
-    no_data = agl_no_data(path)
+    no_data = _no_data(data)
     if no_data is not None:
         agl_m[agl_m == np.float32(no_data)] = np.nan
     if np.isinf(agl_m).any() or np.nanmin(agl_m, initial=0) < -1000:
@@ -62,14 +73,14 @@ def read_agl_m(path: Path, unit: str) -> F32:
             f"{path}: heights reach from {np.nanmin(agl_m):g} to {np.nanmax(agl_m):g}; wanted metres, NaN if "
             "unknown; convert or remove the file"
         )
-    return agl_m
+    return agl_m, unit
 
 
-def agl_no_data(path: Path) -> float | None:
+def _no_data(data: bytes) -> float | None:
     """The number that GDAL marks unknown pixels of a TIFF with, if the file says one."""
     import tifffile
 
-    with tifffile.TiffFile(path) as tif:
+    with tifffile.TiffFile(io.BytesIO(data)) as tif:
         tag = tif.pages.first.tags.get(42113)  # GDAL_NODATA
     try:
         return None if tag is None else float(tag.value)
@@ -89,12 +100,12 @@ def image_size(path: Path) -> tuple[int, int] | None:
         return None
 
 
-def tiff_kind(path: Path) -> tuple[tuple[int, int], np.dtype[Any]] | None:
+def tiff_kind(file: Path | bytes) -> tuple[tuple[int, int], np.dtype[Any]] | None:
     """Rows and columns and kind of numbers of a TIFF by its header; None if it has none that can be read."""
     import tifffile
 
     try:
-        with tifffile.TiffFile(path) as tif:
+        with tifffile.TiffFile(io.BytesIO(file) if isinstance(file, bytes) else file) as tif:
             page = tif.pages.first
             return (int(page.imagelength), int(page.imagewidth)), np.dtype(page.dtype)
     except DECODE_ERRORS:
@@ -105,15 +116,21 @@ def _extension(path: Path) -> str:
     return path.suffix[1:].lower()
 
 
-def _decode(path: Path) -> npt.NDArray[Any]:
-    extension = _extension(path)
+def _bytes(path: Path) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); mend or remove the file") from error
     if not data:
         raise UserError(f"{path}: is empty; fetch it again or remove it")
-    claimed = image_size(path) if extension in TIFF else claimed_size(data)
+    return data
+
+
+def _decode(path: Path, data: bytes) -> npt.NDArray[Any]:
+    """The pixels in `data`, the bytes of the file `path` (UserError)."""
+    extension = _extension(path)
+    found = tiff_kind(data) if extension in TIFF else None
+    claimed = claimed_size(data) if extension not in TIFF else found and found[0]
     if claimed is None:
         raise UserError(
             f"{path}: damaged: its {len(data)} bytes do not begin as a {extension} file; "

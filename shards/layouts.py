@@ -45,7 +45,7 @@ class Tile:
         gsd_m: ground metres per pixel, if known.
         place: name of the ground that several views share, if known.
         split: train or test where the layout says so.
-        unit: "cm" (uint16 heights, px/cm) or "m" (float heights, px/m).
+        unit: "cm" (uint16 heights, px/cm) or "m" (float heights, px/m); empty: not looked at yet.
     """
 
     key: str
@@ -76,8 +76,12 @@ def read_layout(source: Path) -> list[Tile]:
     return layout.tiles
 
 
-def scan(source: Path) -> Layout:
-    """Look at a dataset without decoding images (UserError if there is nothing to look at)."""
+def scan(source: Path, *, labels: bool = True) -> Layout:
+    """Look at a dataset without decoding images (UserError if there is nothing to look at).
+
+    Without `labels` no label file is opened: units of a plain folder stay empty, and what is wrong with a
+    label is told by `load_labels`.
+    """
     source = Path(source)
     if not source.is_dir():
         raise UserError(
@@ -106,6 +110,9 @@ def scan(source: Path) -> Layout:
     tiles = [
         replace(tile, gsd_m=tables.gsd_m(key), place=tables.place(key)) for key, tile in sorted(found.items())
     ]
+    if not labels:
+        unit = "cm" if tables.is_challenge else ""
+        return Layout([replace(tile, unit=unit) for tile in tiles], problems)
     if not tables.is_challenge:
         tiles = _judge_units(tiles, problems)
     for tile in tiles:
@@ -203,6 +210,10 @@ def _unit_by_label(tile: Tile) -> str:
         scale = read_label(tile.vflow)[0] if tile.vflow else math.nan
     except UserError:
         return "cm"  # named when the labels are checked
+    return _unit_of_scale(scale)
+
+
+def _unit_of_scale(scale: float) -> str:
     return "m" if scale > geometry.SCALE_SUSPECT_PX_PER_CM else "cm"
 
 
@@ -247,10 +258,19 @@ def load_agl_m(tile: Tile) -> F32 | None:
 
 def load_pose(tile: Tile) -> tuple[float, float] | None:
     """Scale (px/m) and angle (radians in [0, 2 pi)) at full size; None without a file (UserError)."""
-    if tile.vflow is None:
-        return None
-    scale, angle = read_label(tile.vflow)
-    wrong = geometry.check_label(scale, angle, f"px/{tile.unit}", str(tile.vflow))
+    return None if tile.vflow is None else _pose(tile.vflow, tile.unit)
+
+
+def load_labels(tile: Tile) -> tuple[F32 | None, tuple[float, float] | None]:
+    """Heights and pose as above, each file opened once; an empty unit is judged by them (UserError)."""
+    agl_m, unit = (None, tile.unit) if tile.agl is None else images.read_heights(tile.agl, tile.unit)
+    return agl_m, None if tile.vflow is None else _pose(tile.vflow, unit)
+
+
+def _pose(vflow: Path, unit: str) -> tuple[float, float]:
+    scale, angle = read_label(vflow)
+    unit = unit or _unit_of_scale(scale)
+    wrong = geometry.check_label(scale, angle, f"px/{unit}", str(vflow))
     if wrong:
         raise UserError(wrong[0])
-    return geometry.px_per_m(scale) if tile.unit == "cm" else scale, geometry.wrap_angle(angle)
+    return geometry.px_per_m(scale) if unit == "cm" else scale, geometry.wrap_angle(angle)

@@ -1,8 +1,9 @@
 """`geopose explore`: a dataset in one page: counts, label ranges, heights by city, example panels.
 
-Worker processes read each height and label file once and give back small sums: counts by decimetre, whose
-merging gives exact means and quantiles to a decimetre for a dataset of any size. Images are decoded only for
-the examples. What is wrong with the dataset stands on the page, by file, and the exit code is 1.
+Worker processes open each height and label file once and give back small sums, which are merged as they come:
+counts by decimetre, whose merging gives exact means and quantiles to a decimetre for a dataset of any size in
+the same memory. Images are decoded only for the examples. What is wrong with the dataset stands on the page,
+by file, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +22,11 @@ from geopose_dist import metrics_log
 from geopose_dist.errors import FinishedWithFailures, UserError
 from geopose_dist.geometry import zenith_from_scale
 from geopose_dist.pool import process_map
-from geopose_dist.report import page
+from geopose_dist.report import page, paper
 
 if TYPE_CHECKING:
+    from geopose_dist.report.figures import Plot
+    from geopose_dist.report.panels import Row
     from shards.layouts import Tile
 
 MAX_CITIES = 8
@@ -40,7 +43,9 @@ class ExploreRecipe:
     source: Path
     """Dataset: the challenge's layout, the US3D release, or a plain folder."""
     out: Path
-    """The page, one HTML file."""
+    """The page, one HTML file; with --format png or pdf the folder of figures."""
+    format: paper.Format = "html"
+    """One page, or one file for each figure, fit for a paper."""
     examples: int = 2
     """Tiles of each city that are shown."""
     workers: int = 0
@@ -57,12 +62,12 @@ class Look:
 
     Attributes:
         tile: the files.
-        counts: pixels by decimetre of height, int64 [BINS]; None without heights.
+        counts: pixels by decimetre of height up to the tallest, int64; None without heights.
         unknown: pixels without a height.
         sum_m: sum of known heights, metres.
         top_m: tallest known height.
         pose: scale (px/m) and angle (radians), if labelled.
-        panels: HTML of an example, else empty.
+        row: pictures of an example, else None.
         problem: why the tile could not be read, else empty.
     """
 
@@ -72,29 +77,93 @@ class Look:
     sum_m: float = 0.0
     top_m: float = 0.0
     pose: tuple[float, float] | None = None
-    panels: str = ""
+    row: Row | None = None
     problem: str = ""
+
+
+@dataclass
+class City:
+    """Sums over the tiles of a city; only scale, angle and GSD are kept by tile.
+
+    Attributes:
+        tiles, labelled: how many there are, and how many of them have heights and a pose.
+        places: names of the places that are known.
+        gsds_m: of tiles whose GSD is known.
+        poses: (scale px/m, angle rad, GSD m or None) of tiles with a pose.
+        counts: pixels by decimetre of height.
+        unknown: pixels without a height.
+        sum_m: sum of known heights.
+        top_m: the tallest.
+    """
+
+    tiles: int = 0
+    labelled: int = 0
+    places: set[str] = field(default_factory=set)
+    gsds_m: list[float] = field(default_factory=list)
+    poses: list[tuple[float, float, float | None]] = field(default_factory=list)
+    counts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(BINS, np.int64))
+    unknown: int = 0
+    sum_m: float = 0.0
+    top_m: float = 0.0
+
+    def add(self, seen: Look) -> None:
+        """Take in one tile."""
+        tile = seen.tile
+        self.tiles += 1
+        self.labelled += bool(tile.agl and tile.vflow)
+        self.places |= {tile.place} if tile.place else set()
+        self.gsds_m += [tile.gsd_m] if tile.gsd_m else []
+        self.poses += [(*seen.pose, tile.gsd_m)] if seen.pose else []
+        if seen.counts is not None:
+            self.counts[: len(seen.counts)] += seen.counts
+            self.unknown += seen.unknown
+            self.sum_m += seen.sum_m
+            self.top_m = max(self.top_m, seen.top_m)
+
+
+@dataclass
+class Tally:
+    """What is kept of a dataset while its tiles are read: cities, examples, problems."""
+
+    cities: dict[str, City] = field(default_factory=lambda: defaultdict(City))
+    examples: list[Look] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, seen: Look) -> None:
+        """Take in one tile."""
+        self.cities[seen.tile.city].add(seen)
+        self.examples += [seen] if seen.row else []
+        self.problems += [seen.problem] if seen.problem else []
 
 
 def run(recipe: ExploreRecipe) -> None:
     """Write the page (UserError if there is no dataset; FinishedWithFailures if some files are wrong)."""
     from shards.layouts import scan
 
-    layout = scan(recipe.source)
+    folder = None if recipe.format == "html" else paper.Folder(recipe.out, recipe.format)
+    layout = scan(recipe.source, labels=False)
+    tally = Tally(problems=[problem.sentence for problem in layout.problems])
     shown = _examples(layout.tiles, recipe.examples)
-    jobs = [(tile, tile.key in shown) for tile in layout.tiles]
-    looks = list(
-        metrics_log.track(
-            process_map(look, jobs, workers=min(recipe.workers, len(jobs))), total=len(jobs), label="explore"
-        )
-    )
-    problems = [problem.sentence for problem in layout.problems] + [
-        seen.problem for seen in looks if seen.problem
-    ]
-    page.write(recipe.out, f"Dataset {recipe.source.resolve().name}", _parts(looks, problems))
-    print(recipe.out)
-    if problems:
-        raise FinishedWithFailures("\n  ".join([f"{len(problems)} problems in {recipe.source}:", *problems]))
+    side = 0 if folder is None else paper.PICTURE_PX
+    jobs = ((tile, tile.key in shown, side) for tile in layout.tiles)
+    total = len(layout.tiles)
+    looks = process_map(look, jobs, workers=min(recipe.workers, total))
+    for seen in metrics_log.track(looks, total=total, label="explore"):
+        tally.add(seen)
+    tally.cities = {city: tally.cities[city] for city in sorted(tally.cities)}
+    if folder is None:
+        page.write(recipe.out, f"Dataset {recipe.source.resolve().name}", _parts(tally))
+        print(recipe.out)
+    else:
+        for plot in _charts(tally.cities):
+            folder.plot(plot)
+        for seen in tally.examples:
+            assert seen.row is not None
+            folder.row(seen.row, f"example {seen.tile.key}")
+        folder.tell()
+    if tally.problems:
+        count = f"{len(tally.problems)} problems in {recipe.source}:"
+        raise FinishedWithFailures("\n  ".join([count, *tally.problems]))
 
 
 def _examples(tiles: Sequence[Tile], each: int) -> set[str]:
@@ -110,32 +179,32 @@ def _examples(tiles: Sequence[Tile], each: int) -> set[str]:
     }
 
 
-def look(job: tuple[Tile, bool]) -> Look:
-    """Read the labels of one tile, and draw it if it is an example."""
+def look(job: tuple[Tile, bool, int]) -> Look:
+    """Read the labels of one tile, and draw it if it is an example: (tile, is it one, side in px or 0)."""
     from shards import layouts
 
-    tile, is_example = job
+    tile, is_example, side = job
     try:
-        pose, agl_m = layouts.load_pose(tile), layouts.load_agl_m(tile)
+        agl_m, pose = layouts.load_labels(tile)
         if agl_m is None:
             return Look(tile, pose=pose)
-        panels = _panels(tile, agl_m, pose) if is_example and pose else ""
+        row = _row(tile, agl_m, pose, side) if is_example and pose else None
     except UserError as error:
         return Look(tile, problem=str(error))
     known = agl_m[np.isfinite(agl_m)]
     bins = np.clip(known * BINS_PER_M, 0, BINS - 1).astype(np.int64)
     return Look(
         tile,
-        counts=np.bincount(bins, minlength=BINS),
+        counts=np.bincount(bins),
         unknown=agl_m.size - known.size,
         sum_m=float(known.sum(dtype=np.float64)),
         top_m=float(known.max()) if known.size else 0.0,
         pose=pose,
-        panels=panels,
+        row=row,
     )
 
 
-def _panels(tile: Tile, agl_m: npt.NDArray[np.float32], pose: tuple[float, float]) -> str:
+def _row(tile: Tile, agl_m: npt.NDArray[np.float32], pose: tuple[float, float], side: int) -> Row:
     from geopose_dist.geometry import Pose
     from geopose_dist.report import panels
     from shards.layouts import load_rgb
@@ -145,7 +214,8 @@ def _panels(tile: Tile, agl_m: npt.NDArray[np.float32], pose: tuple[float, float
         raise UserError(
             f"{tile.agl}: {agl_m.shape} pixels, its image has {rgb.shape[:2]}; one of them is wrong"
         )
-    return panels.labelled(rgb, panels.Surface(agl_m, Pose(pose[1], pose[0], tile.gsd_m)))
+    surface = panels.Surface(agl_m, Pose(pose[1], pose[0], tile.gsd_m))
+    return panels.labelled(rgb, surface, side or panels.SIDE_PX)
 
 
 def quantile_m(counts: npt.NDArray[np.int64], share: float) -> float:
@@ -156,12 +226,10 @@ def quantile_m(counts: npt.NDArray[np.int64], share: float) -> float:
     return (int(np.searchsorted(np.cumsum(counts), share * total, side="left")) + 0.5) / BINS_PER_M
 
 
-def _parts(looks: Sequence[Look], problems: Sequence[str]) -> list[str]:
-    by_city: dict[str, list[Look]] = defaultdict(list)
-    for seen in looks:
-        by_city[seen.tile.city].append(seen)
-    cities = {city: by_city[city] for city in sorted(by_city)}
-    parts = [page.paragraph(f"{len(looks)} tiles of {len(cities)} cities.")]
+def _parts(tally: Tally) -> list[str]:
+    cities, problems = tally.cities, tally.problems
+    total = sum(city.tiles for city in cities.values())
+    parts = [page.paragraph(f"{total} tiles of {len(cities)} cities.")]
     if problems:
         parts.append(page.folded(f"{len(problems)} problems", "\n".join(problems)))
     parts += [page.heading("Tiles and labels"), _label_table(cities)]
@@ -174,32 +242,35 @@ def _parts(looks: Sequence[Look], problems: Sequence[str]) -> list[str]:
     parts.append(
         page.note("Over all known pixels, in metres; quantiles to a decimetre. No data: share of pixels.")
     )
-    charts = _charts(dict(list(cities.items())[:MAX_CITIES]))
-    parts += [page.heading("Distributions"), page.grid(charts, "figures")] if charts else []
-    examples = [seen for seen in looks if seen.panels]
-    parts += [page.heading("Examples")] if examples else []
-    for seen in examples:
+    charts = [page.drawing(plot.svg()) for plot in _charts(cities)]
+    parts += [page.heading("Distributions"), page.grid(charts)] if charts else []
+    if len(cities) > MAX_CITIES and charts:
+        parts.append(page.note(f"The first {MAX_CITIES} cities; the tables hold all {len(cities)}."))
+    if tally.examples:
+        parts += [
+            page.heading("Examples"),
+            page.note("Spread over the sorted labelled tiles of each city. Drag the cut of the pair."),
+        ]
+    for seen in tally.examples:
         assert seen.pose is not None
+        assert seen.row is not None
         told = f"{seen.tile.key}: scale {seen.pose[0]:.3f} px/m, angle {math.degrees(seen.pose[1]):.0f} deg"
-        parts += [page.heading(told, 3), seen.panels]
+        parts += [page.heading(told, 3), seen.row.html()]
     return parts
 
 
-def _label_table(cities: dict[str, list[Look]]) -> str:
+def _label_table(cities: dict[str, City]) -> str:
     rows = []
-    for city, looks in cities.items():
-        tiles = [seen.tile for seen in looks]
-        places = {tile.place for tile in tiles if tile.place}
-        posed = [(seen.pose[0], seen.tile.gsd_m) for seen in looks if seen.pose]
-        elevations = [90 - math.degrees(zenith_from_scale(scale, gsd)) for scale, gsd in posed if gsd]
+    for name, city in cities.items():
+        elevations = [90 - math.degrees(zenith_from_scale(scale, gsd)) for scale, _, gsd in city.poses if gsd]
         rows.append(
             [
-                city,
-                len(tiles),
-                sum(1 for tile in tiles if tile.agl and tile.vflow),
-                len(places) or "-",
-                _span([tile.gsd_m for tile in tiles if tile.gsd_m], 3),
-                _span([scale for scale, _ in posed], 3),
+                name,
+                city.tiles,
+                city.labelled,
+                len(city.places) or "-",
+                _span(city.gsds_m, 3),
+                _span([scale for scale, _, _ in city.poses], 3),
                 _span(elevations, 0),
             ]
         )
@@ -211,54 +282,42 @@ def _span(numbers: Sequence[float], digits: int) -> str:
     return f"{min(numbers):.{digits}f} to {max(numbers):.{digits}f}" if numbers else "-"
 
 
-def _height_table(cities: dict[str, list[Look]]) -> str:
+def _height_table(cities: dict[str, City]) -> str:
     rows = []
-    for city, looks in cities.items():
-        counts = _counts(looks)
-        known, unknown = int(counts.sum()), sum(seen.unknown for seen in looks)
-        if known + unknown == 0:
+    for name, city in cities.items():
+        known = int(city.counts.sum())
+        if known + city.unknown == 0:
             continue
-        mean = sum(seen.sum_m for seen in looks) / known if known else math.nan
-        quantiles = [quantile_m(counts, share) for share in (0.25, 0.5, 0.75, 0.99)]
-        top = max(seen.top_m for seen in looks)
-        numbers = [f"{number:.2f}" for number in (mean, *quantiles, top)]
-        rows.append([city, *numbers, f"{unknown / (known + unknown):.1%}"])
+        mean = city.sum_m / known if known else math.nan
+        quantiles = [quantile_m(city.counts, share) for share in (0.25, 0.5, 0.75, 0.99)]
+        numbers = [f"{number:.2f}" for number in (mean, *quantiles, city.top_m)]
+        rows.append([name, *numbers, f"{city.unknown / (known + city.unknown):.1%}"])
     return page.table(["city", "mean", "25 %", "median", "75 %", "99 %", "tallest", "no data"], rows)
 
 
-def _counts(looks: Sequence[Look]) -> npt.NDArray[np.int64]:
-    total = np.zeros(BINS, np.int64)
-    for seen in looks:
-        if seen.counts is not None:
-            total += seen.counts
-    return total
-
-
-def _charts(cities: dict[str, list[Look]]) -> list[str]:
+def _charts(every: dict[str, City]) -> list[Plot]:
     """Histograms of scale, direction and height by city."""
     from geopose_dist.report import figures
 
-    poses = {city: [seen.pose for seen in looks if seen.pose] for city, looks in cities.items()}
-    scales: dict[str, list[float]] = {
-        city: [pose[0] for pose in found] for city, found in poses.items() if found
-    }
+    cities = dict(list(every.items())[:MAX_CITIES])
+    posed = {name: city.poses for name, city in cities.items() if city.poses}
     charts = []
-    if scales:
-        every = np.concatenate([np.asarray(found) for found in scales.values()])
-        edges = np.linspace(0, float(every.max()) * 1.02, 31)
-        charts.append(_by_city(scales, edges, "Scale", "scale, px/m"))
-        angles = {city: [math.degrees(pose[1]) for pose in found] for city, found in poses.items() if found}
+    if posed:
+        largest = max(scale for poses in posed.values() for scale, _, _ in poses)
+        scales = {name: [scale for scale, _, _ in poses] for name, poses in posed.items()}
+        charts.append(_by_city(scales, np.linspace(0, largest * 1.02, 31), "Scale", "scale, px/m"))
+        angles = {name: [math.degrees(angle) for _, angle, _ in poses] for name, poses in posed.items()}
         charts.append(_by_city(angles, np.arange(0, 361, 15.0), "Direction of the flow", "angle, degrees"))
-    heights: dict[str, npt.NDArray[Any]] = {}
-    for city, looks in cities.items():
-        counts = _counts(looks)
-        if counts.any():
-            heights[city] = counts.reshape(-1, 2 * BINS_PER_M).sum(axis=1) / counts.sum()
+    heights = {
+        name: city.counts.reshape(-1, 2 * BINS_PER_M).sum(axis=1) / city.counts.sum()
+        for name, city in cities.items()
+        if city.counts.any()
+    }
     if heights:
         last = 1 + max(int(np.flatnonzero(shares)[-1]) for shares in heights.values())
         charts.append(
             figures.histogram(
-                {city: shares[:last] for city, shares in heights.items()},
+                {name: shares[:last] for name, shares in heights.items()},
                 np.arange(last + 1) * 2.0,
                 title="Height above ground",
                 x_label="height, m (bins of 2 m)",
@@ -266,11 +325,11 @@ def _charts(cities: dict[str, list[Look]]) -> list[str]:
                 log_y=True,
             )
         )
-    return [page.drawing(svg) for svg in charts]
+    return charts
 
 
-def _by_city(values: dict[str, list[float]], edges: npt.NDArray[Any], title: str, x_label: str) -> str:
+def _by_city(values: dict[str, list[float]], edges: npt.NDArray[Any], title: str, x_label: str) -> Plot:
     from geopose_dist.report import figures
 
-    counts = {city: np.histogram(found, edges)[0] for city, found in values.items()}
+    counts = {name: np.histogram(found, edges)[0] for name, found in values.items()}
     return figures.histogram(counts, edges, title=title, x_label=x_label, y_label="tiles")

@@ -1,15 +1,21 @@
-"""One HTML file that needs nothing else: no network, no scripts, light and dark, readable on a phone.
+"""One HTML file that needs nothing else: no network, light and dark, readable on a phone.
 
 A page is a list of HTML fragments; the functions here make the fragments and escape what is text. Pictures
-are data URIs, curves are SVG in the page itself, the style sheet `page.css` is copied in.
+are data URIs, curves are SVG in the page itself, the style sheet `page.css` is copied in. The page tells the
+browser to fetch nothing and to run only the scripts that are named here, by their hashes: a file or city
+called like markup stays words even if somebody forgets to escape it.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
+import json
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from geopose_dist import __version__, files
 from geopose_dist.errors import UserError
@@ -65,9 +71,28 @@ def drawing(svg: str) -> str:
     return f"<figure>{svg}</figure>"
 
 
-def grid(parts: Iterable[str], kind: str) -> str:
-    """Figures side by side, as many as fit; `kind` is `figures` (wide) or `panels` (small)."""
-    return f'<div class="{kind}">{"".join(parts)}</div>'
+def slider(left: tuple[str, str], right: tuple[str, str]) -> str:
+    """Two images of one size, (data URI, name) each, one over the other; what is dragged is the cut between them.
+
+    Without scripts both stand side by side.
+    """
+    pictures = "".join(f'<img src="{uri}" alt="{text(name)}" loading="lazy">' for uri, name in (left, right))
+    told = f"<span>{text(left[1])}</span><span>{text(right[1])}</span>"
+    return (
+        f'<figure class="pair"><div class="stack">{pictures}</div>'
+        '<input type="range" min="0" max="100" value="50" hidden aria-label="how much of the left picture is seen">'
+        f"<figcaption>{told}</figcaption></figure>"
+    )
+
+
+def grid(parts: Iterable[str]) -> str:
+    """Figures side by side, as many as fit."""
+    return f'<div class="figures">{"".join(parts)}</div>'
+
+
+def panels(small: Sequence[str], large: str) -> str:
+    """Small figures beside a large one; below it where the screen is narrow."""
+    return f'<div class="panels of{len(small)}"><div class="small">{"".join(small)}</div>{large}</div>'
 
 
 def folded(summary: str, content: str) -> str:
@@ -75,23 +100,41 @@ def folded(summary: str, content: str) -> str:
     return f"<details><summary>{text(summary)}</summary><pre>{text(content)}</pre></details>"
 
 
-def document(title: str, parts: Iterable[str]) -> str:
-    """The whole page."""
-    css = resources.files("geopose_dist.report").joinpath("page.css").read_text()
+def data(name: str, facts: Any) -> str:
+    """Facts for a script, as JSON that no parser of HTML mistakes for anything else; found by the id `name`."""
+    words = json.dumps(facts, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    return f'<script type="application/json" id="{text(name)}">{words}</script>'
+
+
+def resource(name: str) -> str:
+    """A file beside this module."""
+    return resources.files("geopose_dist.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def document(title: str, parts: Iterable[str], scripts: Iterable[str] = ()) -> str:
+    """The whole page; `scripts` are names of files beside this module that run at its end."""
+    body = "\n".join(parts)
+    names = [*(["page.js"] if 'class="pair"' in body else []), *scripts]
+    sources = [resource(name).strip() for name in names]
+    hashes = [base64.b64encode(hashlib.sha256(source.encode()).digest()).decode() for source in sources]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in hashes) or "'none'"
+    rules = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}"
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{rules}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{text(title)}</title>\n<style>\n{css}</style></head>\n<body>\n<h1>{text(title)}</h1>\n"
-        + "\n".join(parts)
-        + f"\n<footer>geopose-dist {__version__}</footer>\n</body></html>\n"
+        f"<title>{text(title)}</title>\n<style>\n{resource('page.css')}</style></head>\n<body>\n"
+        f"<h1>{text(title)}</h1>\n{body}\n<footer>geopose-dist {__version__}</footer>\n"
+        + "".join(f"<script>{source}</script>\n" for source in sources)
+        + "</body></html>\n"
     )
 
 
-def write(out: Path, title: str, parts: Iterable[str]) -> None:
+def write(out: Path, title: str, parts: Iterable[str], scripts: Iterable[str] = ()) -> None:
     """Write the page to `out`, whole or not at all (UserError if it grew too large)."""
-    data = document(title, parts).encode()
-    if len(data) > MAX_BYTES:
+    page = document(title, parts, scripts).encode()
+    if len(page) > MAX_BYTES:
         raise UserError(
-            f"{out}: the page has {len(data)} bytes, at most {MAX_BYTES} are wanted; show fewer tiles"
+            f"{out}: the page has {len(page)} bytes, at most {MAX_BYTES} are wanted; show fewer tiles"
         )
-    files.write_bytes(out, data)
+    files.write_bytes(out, page)

@@ -1,7 +1,8 @@
-"""One tile as a row of small images: the picture with its flow, true and predicted height, error, rectified.
+"""One tile as a row of small images: the picture with its flow, true and predicted height, error, rectified pair.
 
-The pictures share one height scale per tile and say it in a strip below. Errors are predicted less true
-heights. The rectified picture is the tile moved to ground position by its *prediction*: streets straight
+The pictures share one height scale per tile and say it in strips below. Errors are predicted less true heights.
+The pair lies one picture over the other with a slider between them: in a report the tile moved to ground
+position by its truth and by its prediction, in a data set as photographed and by its labels. Streets straight
 under towers mean that height, scale and angle are right together. Black there = hidden from the camera.
 """
 
@@ -23,6 +24,11 @@ from geopose_dist.evaluate.pictures import (
 from geopose_dist.geometry import F32, Pose
 from geopose_dist.report import figures, page
 
+SIDE_PX = 360
+"""Longer side of a picture on a page."""
+PAIR_SIDE_PX = 560
+"""Longer side of the pair, which is shown larger."""
+
 
 @dataclass(frozen=True)
 class Surface:
@@ -32,20 +38,59 @@ class Surface:
     pose: Pose
 
 
-def labelled(rgb: U8, true: Surface, side: int = 360) -> str:
-    """Panels of a tile with its labels: picture with true flow, and height. For data exploration."""
+@dataclass(frozen=True)
+class Bar:
+    """The legend of coloured pictures: a matplotlib map, what it shows, its least and greatest value in metres."""
+
+    map_name: str
+    shows: str
+    low_m: float
+    high_m: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is shown of one tile, small enough to travel between processes.
+
+    Attributes:
+        pictures: (image uint8 [h, w, 3], caption) in reading order.
+        pair: two more of one size, of which a page shows one over the other.
+        bars: what the colours mean.
+    """
+
+    pictures: list[tuple[U8, str]]
+    pair: list[tuple[U8, str]]
+    bars: list[Bar]
+
+    def html(self) -> str:
+        """For a page: pictures, the pair with its slider, strips of colour below."""
+        images = [page.picture(figures.data_uri(image, SIDE_PX), caption) for image, caption in self.pictures]
+        (left, left_name), (right, right_name) = self.pair
+        uris = [figures.data_uri(image, PAIR_SIDE_PX, quality=80) for image in (left, right)]
+        pair = page.slider((uris[0], left_name), (uris[1], right_name))
+        bars = [
+            figures.scale_bar(bar.map_name, f"{bar.shows} {bar.low_m:.0f} m", f"{bar.high_m:+.0f} m")
+            if bar.low_m < 0
+            else figures.scale_bar(bar.map_name, f"{bar.shows} {bar.low_m:.0f} m", f"{bar.high_m:.0f} m")
+            for bar in self.bars
+        ]
+        return page.panels(images, pair) + "".join(bars)
+
+
+def labelled(rgb: U8, true: Surface, side: int = SIDE_PX) -> Row:
+    """A tile with its labels: picture with true flow, height, and rectified. For data exploration."""
     top_m = height_limit(true.agl_m)
     drawn, factor = figures.with_arrows(rgb, true.agl_m, [(true.pose, true.agl_m, TRUE_COLOUR)], side)
-    heights = figures.coloured(true.agl_m, 0.0, top_m, HEIGHT_MAP)
-    parts = [
-        page.picture(figures.data_uri(drawn, side), f"image; flow {_times(factor)}"),
-        page.picture(figures.data_uri(heights, side), f"height, 0 to {top_m:.0f} m"),
+    pictures = [
+        (drawn, f"image; flow {_times(factor)}"),
+        (figures.coloured(true.agl_m, 0.0, top_m, HEIGHT_MAP), "height (grey: unknown)"),
     ]
-    return page.grid(parts, "panels")
+    pair = [(rgb, "as photographed"), (rectified(rgb, true), "rectified by its labels (black: hidden)")]
+    return _row(pictures, pair, [Bar(HEIGHT_MAP, "height", 0.0, top_m)], side)
 
 
-def compared(rgb: U8, true: Surface, predicted: Surface, side: int = 360) -> str:
-    """Panels of a tile with truth and prediction; all arrays [H, W] of one size."""
+def compared(rgb: U8, true: Surface, predicted: Surface, side: int = SIDE_PX) -> Row:
+    """A tile with truth and prediction; all arrays [H, W] of one size."""
     top_m = height_limit(true.agl_m)
     error_m = predicted.agl_m - true.agl_m
     most_m = height_limit(np.abs(error_m), least_m=2.0)
@@ -59,12 +104,22 @@ def compared(rgb: U8, true: Surface, predicted: Surface, side: int = 360) -> str
         (figures.coloured(true.agl_m, 0.0, top_m, HEIGHT_MAP), "true height (grey: unknown)"),
         (figures.coloured(predicted.agl_m, 0.0, top_m, HEIGHT_MAP), "predicted height"),
         (figures.coloured(error_m, -most_m, most_m, ERROR_MAP), "predicted less true height"),
-        (rectified(rgb, predicted), "rectified by the prediction (black: hidden)"),
     ]
-    images = [page.picture(figures.data_uri(image, side), caption) for image, caption in pictures]
-    bars = figures.scale_bar(HEIGHT_MAP, "height 0 m", f"{top_m:.0f} m")
-    bars += figures.scale_bar(ERROR_MAP, f"error -{most_m:.0f} m", f"+{most_m:.0f} m")
-    return page.grid(images, "panels") + bars
+    pair = [
+        (rectified(rgb, true), "rectified by the truth"),
+        (rectified(rgb, predicted), "by the prediction (black: hidden)"),
+    ]
+    bars = [Bar(HEIGHT_MAP, "height", 0.0, top_m), Bar(ERROR_MAP, "error", -most_m, most_m)]
+    return _row(pictures, pair, bars, side)
+
+
+def _row(pictures: list[tuple[U8, str]], pair: list[tuple[U8, str]], bars: list[Bar], side: int) -> Row:
+    larger = max(side, PAIR_SIDE_PX)
+    return Row(
+        [(figures.reduced(image, side), caption) for image, caption in pictures],
+        [(figures.reduced(image, larger), caption) for image, caption in pair],
+        bars,
+    )
 
 
 def rectified(rgb: U8, surface: Surface) -> U8:

@@ -1,19 +1,24 @@
 """`geopose report`: what a run did, in one file to look at: score, curves, best, median and worst tiles.
 
-Curves come from the run folder's `metrics.jsonl` and `validation.jsonl`, the score from `evaluate --json`,
-the panels of tiles from `report/tiles.py`. What a run has not written yet is left out of the page.
+Curves come from the run folder's `metrics.jsonl` and `validation.jsonl`, the score and its intervals from
+`evaluate --json`, the panels of tiles from `report/tiles.py`. What a run has not written yet is left out.
+`--format png|pdf` writes the same as figures for a paper.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from geopose_dist.errors import UserError
-from geopose_dist.report import page
+from geopose_dist.report import page, paper, scores
+
+if TYPE_CHECKING:
+    from geopose_dist.report.figures import Line, Plot
 
 MAX_CITIES = 6
 """Curves of so many cities can be told apart; the table shows all."""
@@ -26,7 +31,9 @@ class ReportRecipe:
     run: Path
     """Run folder of `geopose train`: curves and recipe."""
     out: Path | None = None
-    """The page; default: report.html in the run folder."""
+    """The page, or with --format png or pdf the folder of figures; default: report.html or figures/ of the run."""
+    format: paper.Format = "html"
+    """One page, or one file for each figure, fit for a paper."""
     source: Path | None = None
     """Dataset with the images of the predicted tiles; for panels, together with predictions and truth."""
     predictions: Path | None = None
@@ -58,10 +65,15 @@ def run(recipe: ReportRecipe) -> None:
             "`geopose train`"
         )
     validation = read_lines(recipe.run / "validation.jsonl")
+    score = None if recipe.score is None else _read_json(recipe.score)
+    if recipe.format != "html":
+        _write_figures(recipe, metrics, validation, score)
+        return
     parts = [summary(metrics, validation)]
-    if recipe.score is not None:
-        parts = [score_part(_read_json(recipe.score)), *parts]
-    parts += [page.heading("Training"), page.grid(curves(metrics, validation), "figures")]
+    if score is not None:
+        parts = [scores.score_part(score), *parts]
+    drawn = [page.drawing(plot.svg()) for plot in curves(metrics, validation)]
+    parts += [page.heading("Training"), page.grid(drawn)]
     if recipe.source and recipe.predictions and recipe.truth:
         from geopose_dist.report.tiles import tiles_part
 
@@ -72,6 +84,26 @@ def run(recipe: ReportRecipe) -> None:
     out = recipe.out or recipe.run / "report.html"
     page.write(out, f"Geocentric pose: {'/'.join(recipe.run.resolve().parts[-2:])}", parts)
     print(out)
+
+
+def _write_figures(
+    recipe: ReportRecipe,
+    metrics: Sequence[Mapping[str, Any]],
+    validation: Sequence[Mapping[str, Any]],
+    score: Mapping[str, Any] | None,
+) -> None:
+    folder = paper.Folder(recipe.out or recipe.run / "figures", recipe.format)
+    for plot in [*([] if score is None else [scores.score_plot(score)]), *curves(metrics, validation)]:
+        folder.plot(plot)
+    if recipe.source and recipe.predictions and recipe.truth:
+        from geopose_dist.report import tiles
+
+        _, shown = tiles.ranked_rows(
+            recipe.source, recipe.predictions, recipe.truth, recipe.workers, side=paper.PICTURE_PX
+        )
+        for rank, tile, row in shown:
+            folder.row(row, f"tile {tile.city} {rank} {tile.key}")
+    folder.tell()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -105,46 +137,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return facts
 
 
-def score_part(score: Mapping[str, Any]) -> str:
-    """The final score and the table by city."""
-    columns = (
-        ("R² height", "agl_r2", 4),
-        ("R² flow", "vflow_r2", 4),
-        ("R²", "r2", 4),
-        ("angle, deg", "mean_angle_error_deg", 2),
-        ("scale, px/m", "mean_scale_error", 4),
-        ("endpoint, px", "mean_epe", 2),
-        ("height, m", "mean_agl_error", 2),
-    )
-    rows = [
-        [city, facts["images"], *(_number(facts.get(name), digits) for _, name, digits in columns)]
-        for city, facts in sorted(score["cities"].items())
-    ]
-    total = [
-        "final",
-        sum(facts["images"] for facts in score["cities"].values()),
-        "",
-        "",
-        _number(score["r2"], 4),
-    ]
-    missing = score.get("cities_missing") or []
-    told = "The final score is the plain mean of the cities' R². 1 is perfect, 0 is the constant mean. "
-    told += "Errors are means over tiles of their means."
-    if missing:
-        told += f" Not covered: {', '.join(missing)}."
-    return (
-        f'<p class="big">R² {score["r2"]:.4f}</p>'
-        + page.table(
-            ["city", "tiles", *(name for name, _, _ in columns)], rows, total=[*total, "", "", "", ""]
-        )
-        + page.note(told)
-    )
-
-
-def _number(value: object, digits: int) -> str:
-    return f"{value:.{digits}f}" if isinstance(value, int | float) else "-"
-
-
 def summary(metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]) -> str:
     """How long the run was, how fast, and its best validation."""
     last = metrics[-1]
@@ -167,20 +159,12 @@ def summary(metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[s
     return page.paragraph("; ".join(said) + ".")
 
 
-def curves(metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Loss, validation, learning rate and throughput over steps, as SVG figures."""
+def curves(metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]) -> list[Plot]:
+    """Loss, validation, learning rate and throughput over steps."""
     from geopose_dist.report import figures
 
-    def over_steps(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> list[figures.Line]:
-        lines = []
-        for field, shown in names.items():
-            told = [(row["step"], row[field]) for row in rows if isinstance(row.get(field), int | float)]
-            if told:
-                lines.append(figures.Line(shown, [step for step, _ in told], [value for _, value in told]))
-        return lines
-
     terms = {name: name.removeprefix("loss_") for row in metrics for name in row if name.startswith("loss_")}
-    losses = over_steps(metrics, {"loss": "total", **terms})
+    losses = _over_steps(metrics, {"loss": "total", **terms})
     positive = all(value > 0 for line in losses for value in line.y)
     charts = []
     if losses:
@@ -193,14 +177,26 @@ def curves(metrics: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[st
         ("tiles_per_s", "Throughput", "tiles/s, all ranks"),
         ("grad_norm", "Gradient norm before clipping", "norm"),
     ):
-        lines = over_steps(metrics, {field: title})
+        lines = _over_steps(metrics, {field: title})
         if lines:
             log_y = field == "grad_norm" and all(value > 0 for value in lines[0].y)
             charts.append(figures.chart(lines, title=title, x_label="step", y_label=unit, log_y=log_y))
-    return [page.drawing(svg) for svg in charts]
+    return charts
 
 
-def _validation_charts(validation: Sequence[Mapping[str, Any]]) -> list[str]:
+def _over_steps(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> list[Line]:
+    """Curves of those fields that some row has as a number, under the names to show."""
+    from geopose_dist.report import figures
+
+    lines = []
+    for field, shown in names.items():
+        told = [(row["step"], row[field]) for row in rows if isinstance(row.get(field), int | float)]
+        if told:
+            lines.append(figures.Line(shown, [step for step, _ in told], [value for _, value in told]))
+    return lines
+
+
+def _validation_charts(validation: Sequence[Mapping[str, Any]]) -> list[Plot]:
     """The final score by kind of weights, and both parts by city for the kind that is best."""
     from geopose_dist.report import figures
 
@@ -208,34 +204,29 @@ def _validation_charts(validation: Sequence[Mapping[str, Any]]) -> list[str]:
     if not scored:
         return []
     kinds = list(dict.fromkeys(str(row.get("weights", "raw")) for row in scored))
-
-    def of(kind: str) -> list[Mapping[str, Any]]:
-        return [row for row in scored if str(row.get("weights", "raw")) == kind]
-
-    finals = [
-        figures.Line(
-            f"{kind} weights", [r["step"] for r in of(kind)], [r["r2"] for r in of(kind)], marked=True
-        )
-        for kind in kinds
-    ]
+    finals = []
+    for kind in kinds:
+        rows = [row for row in scored if str(row.get("weights", "raw")) == kind]
+        steps, values = [row["step"] for row in rows], [row["r2"] for row in rows]
+        finals.append(figures.Line(f"{kind} weights", steps, values, marked=True))
     best = str(max(scored, key=lambda row: row["r2"]).get("weights", "raw"))
-    rows = of(best)
+    rows = [row for row in scored if str(row.get("weights", "raw")) == best]
+    cities = sorted({city for row in rows for city in row.get("cities", {})})[:MAX_CITIES]
     by_city = [
         figures.Line(
             f"{city} {shown}",
             [row["step"] for row in rows],
-            [row["cities"].get(city, {}).get(field) or float("nan") for row in rows],
+            [row["cities"].get(city, {}).get(field) or math.nan for row in rows],
             marked=True,
+            colour=number,
+            dash=dash,
         )
-        for city in sorted({city for row in rows for city in row.get("cities", {})})[:MAX_CITIES]
-        for field, shown in (("agl_r2", "height"), ("vflow_r2", "flow"))
+        for number, city in enumerate(cities)
+        for dash, (field, shown) in enumerate((("agl_r2", "height"), ("vflow_r2", "flow")))
     ]
     # Before a net has learned a city, its R² may be far below zero and would press all else flat.
-    charts = [
-        figures.chart(
-            finals, title="Validation score", x_label="step", y_label="R², mean of cities", y_floor=-0.5
-        )
-    ]
+    label = "R², mean of cities"
+    charts = [figures.chart(finals, title="Validation score", x_label="step", y_label=label, y_floor=-0.5)]
     if by_city:
         title = f"Validation score by city ({best} weights)"
         charts.append(figures.chart(by_city, title=title, x_label="step", y_label="R²", y_floor=-0.5))

@@ -48,7 +48,29 @@ class Measured:
 
 
 def tiles_part(source: Path, predictions: Path, truth: Path, workers: int) -> list[str]:
-    """Best, median and worst tile of each city as panels."""
+    """Best, median and worst tile of each city as panels of a page."""
+    count, shown = ranked_rows(source, predictions, truth, workers)
+    parts = [
+        page.heading("Tiles"),
+        page.note(
+            f"Of {count} predicted tiles, by mean endpoint error in their city. The endpoint of the "
+            "flow is where a surface pixel stands on the ground, so its error holds those of height, scale "
+            "and angle. Drag the cut of the rectified pair."
+        ),
+    ]
+    for rank, tile, row in shown:
+        errors = (
+            f"errors: endpoint {tile.endpoint_px:.2f} px, height {tile.height_rms_m:.2f} m (RMS), "
+            f"angle {tile.angle_deg:.1f} deg, scale {tile.scale_px_per_m:.4f} px/m"
+        )
+        parts += [page.heading(f"{tile.city}, {rank}: {tile.key}", 3), page.note(errors), row.html()]
+    return parts
+
+
+def ranked_rows(
+    source: Path, predictions: Path, truth: Path, workers: int, side: int = panels.SIDE_PX
+) -> tuple[int, list[tuple[str, Measured, panels.Row]]]:
+    """How many tiles were ranked, and (rank, tile, pictures of `side` px) of those to show."""
     candidates = _candidates(source, predictions, truth)
     measured = list(
         metrics_log.track(
@@ -59,26 +81,11 @@ def tiles_part(source: Path, predictions: Path, truth: Path, workers: int) -> li
     )
     shown = picked(measured)
     by_key = {candidate.key: candidate for candidate in candidates}
+    jobs = [(by_key[tile.key], side) for _, tile in shown]
     drawn = metrics_log.track(
-        process_map(_draw, [by_key[tile.key] for _, tile in shown], workers=min(workers, len(shown))),
-        total=len(shown),
-        label="draw tiles",
+        process_map(_draw, jobs, workers=min(workers, len(shown))), total=len(shown), label="draw tiles"
     )
-    parts = [
-        page.heading("Tiles"),
-        page.note(
-            f"Of {len(measured)} predicted tiles, by mean endpoint error in their city. The endpoint of the "
-            "flow is where a surface pixel stands on the ground, so its error holds those of height, scale "
-            "and angle."
-        ),
-    ]
-    for (rank, tile), row in zip(shown, drawn, strict=True):
-        errors = (
-            f"errors: endpoint {tile.endpoint_px:.2f} px, height {tile.height_rms_m:.2f} m (RMS), "
-            f"angle {tile.angle_deg:.1f} deg, scale {tile.scale_px_per_m:.4f} px/m"
-        )
-        parts += [page.heading(f"{tile.city}, {rank}: {tile.key}", 3), page.note(errors), row]
-    return parts
+    return len(measured), [(rank, tile, row) for (rank, tile), row in zip(shown, drawn, strict=True)]
 
 
 def picked(measured: Sequence[Measured]) -> list[tuple[str, Measured]]:
@@ -136,8 +143,9 @@ def _measure(candidate: Candidate) -> Measured:
     )
 
 
-def _draw(candidate: Candidate) -> str:
-    """The panels of one tile."""
+def _draw(job: tuple[Candidate, int]) -> panels.Row:
+    """The pictures of one tile."""
+    candidate, side = job
     predicted, true = _surfaces(candidate)
     rgb = load_rgb(candidate.image)
     if rgb.shape[:2] != predicted.agl_m.shape:
@@ -145,7 +153,7 @@ def _draw(candidate: Candidate) -> str:
             f"{candidate.image.rgb}: {rgb.shape[:2]} pixels, its prediction has {predicted.agl_m.shape}; "
             "they belong to different tiles; predict again"
         )
-    return panels.compared(rgb, true, predicted)
+    return panels.compared(rgb, true, predicted, side)
 
 
 def _surfaces(candidate: Candidate) -> tuple[panels.Surface, panels.Surface]:
