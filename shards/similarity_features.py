@@ -32,7 +32,7 @@ LARGEST_PX = 40.0
 """Diameter of the largest feature; larger ones see buildings lean."""
 CODE = 512.0
 """Square roots of a descriptor's shares are kept as bytes, this many to one."""
-RATIO = 0.85
+RATIO = 0.92
 """Distance of the nearest descriptor over the second nearest, at most (Lowe 2004)."""
 ZOOM = 1.7
 """Largest ratio of scales between two views: GSDs of one city differ by 1.3, views are squeezed by 0.56 at most."""

@@ -12,7 +12,7 @@ class SimilarityRecipe:
     candidates: int = 48
     """Tiles of the same city that a tile is compared with, those that resemble it most; more finds more, in
     proportionate time. With so many tiles in a city or fewer, all pairs are compared."""
-    keypoints: int = 640
+    keypoints: int = 1024
     """Most features of a tile."""
     matches: int = 0
     """Matches that make a pair; 0: just above what mirrored tiles of the dataset reach by chance."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiles import make_dataset
 
 from geopose_dist.errors import FoundProblems, UserError
-from shards import pack_plan, split
+from shards import layouts, pack_plan, split
 from shards.layouts import Tile
 from shards.split import SplitRecipe
 
@@ -117,6 +117,31 @@ def test_the_winners_groups(shared):
         assert sum(groups[key] in val for key in of_city) / len(of_city) == pytest.approx(0.2, abs=0.01)
 
 
+def test_a_leaking_split_is_made_on_request_only_and_says_so(tmp_path, capsys):
+    make_dataset(tmp_path / "data", 40, views=3)
+    free = run_split(tmp_path / "data", tmp_path / "split.json")
+    assert "LEAKS" not in capsys.readouterr().err
+    leaky = run_split(tmp_path / "data", tmp_path / "leaky.json", leak=True)
+    said = capsys.readouterr().err
+    moved = set(leaky["train"]) - set(free["train"])
+    assert f"THIS SPLIT LEAKS: {len(leaky['val'])} validation tiles" in said
+    assert moved
+    assert set(leaky["val"]) < set(free["val"])
+    assert not moved & set(leaky["val"])
+    assert set(free["train"]) < set(leaky["train"])
+    place = {tile.key: tile.place for tile in layouts.read_layout(tmp_path / "data")}
+    assert {place[key] for key in moved} == {place[key] for key in leaky["val"]}
+    pack_plan.read_split(tmp_path / "leaky.json")
+    with pytest.raises(ValueError, match="without --folds"):
+        SplitRecipe(source="a", out="b", leak=True, folds=2)
+
+
+def test_a_leak_needs_places_of_two_tiles(tmp_path):
+    make_dataset(tmp_path / "data", 12, views=1)
+    with pytest.raises(UserError, match="no validation place has two tiles"):
+        run_split(tmp_path / "data", tmp_path / "split.json", leak=True)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -135,7 +160,9 @@ def test_groups_that_are_wrong(tmp_path, text, said):
 def test_unknown_places_are_refused_with_the_way_out(tmp_path):
     make_dataset(tmp_path / "data", 4)
     (tmp_path / "data" / "places.csv").unlink()
-    with pytest.raises(UserError, match=r"place of 4 of 4 tiles is not known.*places\.csv.*--by FILE"):
+    with pytest.raises(
+        UserError, match=r"place of 4 of 4 tiles is not known.*places\.csv.*--by FILE.*--by similarity"
+    ):
         run_split(tmp_path / "data", tmp_path / "split.json")
     with pytest.raises(UserError, match="cannot be read"):
         run_split(tmp_path / "data", tmp_path / "split.json", by="absent.json")
@@ -150,7 +177,6 @@ def test_nothing_to_split(tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"by": "similarity"}, "is not offered yet"),
         ({"val_share": 0.0}, "--val-share is 0"),
         ({"val_share": 1.0}, "--val-share is 1"),
         ({"folds": 1}, "at least 2"),
@@ -166,6 +192,5 @@ def test_the_command(tmp_path, geopose):
     make_dataset(tmp_path / "data", 8)
     words = ("split", "--source", tmp_path / "data", "--out", tmp_path / "split.json")
     assert geopose(*words, "--by", "place").returncode == 0
-    result = geopose(*words, "--by", "similarity")
-    assert (result.returncode, "not offered yet" in result.stderr) == (2, True)
-    assert "similarity" not in geopose("split", "--help").stdout
+    result = geopose(*words, "--by", "similarity", "--similarity.keypoints", "5")
+    assert (result.returncode, "keypoints 5" in result.stderr) == (2, True)

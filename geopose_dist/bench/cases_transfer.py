@@ -27,9 +27,6 @@ DRAWS = 2000
 
 def transfer(recipe: BenchRecipe) -> list[Row]:
     """Rank correlations by picture and zoom, and their means over pictures (UserError: nothing to predict with)."""
-    from geopose_dist.infer.predictor import Predictor
-    from geopose_dist.infer.recipe import NetRecipe
-
     if not (recipe.data.checkpoint and recipe.data.pictures):
         raise UserError(
             "bench transfer needs --data.checkpoint, a trained network, and --data.pictures, a folder of "
@@ -40,6 +37,9 @@ def transfer(recipe: BenchRecipe) -> list[Row]:
         raise UserError(
             f"{recipe.data.pictures}: no picture has heights KEY_AGL.tif; nothing to compare with"
         )
+    from geopose_dist.infer.predictor import Predictor
+    from geopose_dist.infer.recipe import NetRecipe
+
     net = NetRecipe(enlarge="bilinear", window=4096, overlap=0)
     predictor = Predictor([Path(recipe.data.checkpoint)], net, batch=1)
     rows: list[Row] = []
