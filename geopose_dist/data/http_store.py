@@ -87,6 +87,10 @@ class HttpStore:
         except stores.Missing:
             return None
 
+    def tree(self, folder: str = "") -> list[tuple[str, int]]:
+        """A web server has no listing (UserError)."""
+        return self.list()
+
     def list(self, suffix: str = "") -> list[tuple[str, int]]:
         """A web server has no listing (UserError)."""
         raise UserError(

@@ -75,6 +75,12 @@ class ObjectStore:
         except stores.Missing:
             return None
 
+    def tree(self, folder: str = "") -> list[tuple[str, int]]:
+        """See `Store`."""
+        with self._said(folder, " (listing)"):
+            pages = list(obstore.list(self._client, prefix=folder or None))
+        return sorted((one["path"], int(one["size"])) for page in pages for one in page)
+
     def list(self, suffix: str = "") -> list[tuple[str, int]]:
         """See `Store`."""
         with self._said("", ""):

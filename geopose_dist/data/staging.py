@@ -230,8 +230,8 @@ class _Fetch:
         part.unlink()
         raise UserError(
             f"{urls.join(self.place, shard.name)}: {received} bytes of sha256 {digest.hexdigest()[:16]}..., the "
-            f"manifest says {shard.bytes} of {shard.sha256[:16]}...: another shard of that name, or damaged at its source; "
-            "copy it there again or pack again"
+            f"manifest says {shard.bytes} of {shard.sha256[:16]}...: another shard of that name, or damaged at its "
+            "source; copy it there again or pack again"
         )
 
     def _pieces(self, shard: Shard, offset: int) -> Iterator[bytes]:

@@ -55,6 +55,10 @@ class Store(Protocol):
         """Bytes of an object; None if there is none of that name."""
         ...
 
+    def tree(self, folder: str = "") -> list[tuple[str, int]]:
+        """Name and bytes of all objects below `folder`, however deep, sorted."""
+        ...
+
     def list(self, suffix: str = "") -> list[tuple[str, int]]:
         """Name and bytes of the objects right below the prefix whose names end so, sorted."""
         ...

@@ -26,7 +26,7 @@ from geopose_dist.train.recipe import TrainRecipe
 
 FREE_TO_DIFFER = (
     "out", "device", "log_every", "init_from", "allow_change", "on_nonfinite", "nonfinite_limit",
-    "profile", "timeout_s", "check", "checkpoint_activations", "data.shards", "data.store",
+    "profile", "timeout_s", "preflight", "check", "checkpoint_activations", "data.shards", "data.store",
     "data.workers", "data.prefetch", "data.on_damage", "data.damage_limit", "validation", "checkpoint",
 )  # fmt: skip
 """Fields that change nothing that is computed; shards are compared by fingerprint instead of by folder."""
@@ -130,9 +130,9 @@ def load(folder: Path) -> Snapshot:
 def check_same_run(folder: Path, recipe: TrainRecipe, fingerprint: str) -> None:
     """Refuse to go on with another recipe or other shards, printing both sides (UserError)."""
     state = json.loads((folder / weights.STATE_NAME).read_bytes())
-    now = _flat(config.to_dict(recipe))
+    now = flat(config.to_dict(recipe))
     # A field that is younger than the run had the value that it has by default now.
-    former = _flat(_filled(state["recipe"], config.to_dict(TrainRecipe())))
+    former = flat(_filled(state["recipe"], config.to_dict(TrainRecipe())))
     allowed = (*FREE_TO_DIFFER, *recipe.allow_change)
     changes = [
         f"{name}: the run has {former.get(name)!r}, the recipe says {now.get(name)!r}"
@@ -148,7 +148,7 @@ def check_same_run(folder: Path, recipe: TrainRecipe, fingerprint: str) -> None:
         raise UserError(
             "\n  ".join(
                 [
-                    f"{folder.parent.parent} holds a run of another recipe; train into another --out, or name what may "
+                    f"{recipe.out} holds a run of another recipe; train into another --out, or name what may "
                     "change with --allow-change FIELD ...",
                     *changes,
                 ]
@@ -162,12 +162,13 @@ def _filled(tree: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     return defaults | tree | {name: _filled(value, defaults[name]) for name, value in both.items()}
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves of nested tables by their dotted names."""
     if not isinstance(tree, dict) or not tree:
         return {prefix: tree}
     leaves: dict[str, Any] = {}
     for name, value in tree.items():
-        leaves.update(_flat(value, f"{prefix}.{name}" if prefix else name))
+        leaves.update(flat(value, f"{prefix}.{name}" if prefix else name))
     return leaves
 
 

@@ -26,6 +26,7 @@ from geopose_dist.errors import FinishedWithFailures
 from geopose_dist.model import device_augment, weights
 from geopose_dist.runtime import World
 from geopose_dist.train.recipe import TrainRecipe
+from geopose_dist.train.run_store import local_folder
 
 FOLDER = "nonfinite"
 """In the run folder: one folder for each step that was not finite."""
@@ -128,7 +129,7 @@ class Verdicts:
                 self._react(pending, net)
 
     def _react(self, pending: _Pending, net: torch.nn.Module) -> None:
-        folder = Path(self.recipe.out) / FOLDER / f"step-{pending.step + 1:08d}"
+        folder = local_folder(self.recipe) / FOLDER / f"step-{pending.step + 1:08d}"
         save(folder, self.recipe, pending.step, pending.batches, self.world, net, self.cities)
         keys = ", ".join(key for batch in pending.batches for key in batch.keys) or "none"
         told = (

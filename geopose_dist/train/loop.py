@@ -7,13 +7,16 @@ agreed over ranks once a step; all ranks leave at the same step.
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 
 import torch
 
 from geopose_dist.errors import Preempted
 from geopose_dist.runtime import StopRequest, World, join_world, note_again
 from geopose_dist.train import opening, panels, validate
+from geopose_dist.train.beginning import Beginning
 from geopose_dist.train.metrics import Meter, write_metrics
 from geopose_dist.train.optim import lr_factor, set_lr
 from geopose_dist.train.prefetch import DevicePrefetch
@@ -28,18 +31,18 @@ def run(recipe: TrainRecipe) -> None:
     """Train, or go on training, as `recipe` says; on every rank that torchrun started."""
     with (
         StopRequest() as stop,
-        join_world(recipe.device, recipe.timeout_s) as world,
+        begin(recipe, stop) as (world, beginning),
         Watch(world, recipe.timeout_s, recipe.out) as watch,
     ):
         if recipe.check:
-            opened = opening.look(recipe, world)
+            opened = opening.look(recipe, world, beginning)
             next(
                 iter(opening.loader_of(opened, world)), None
             )  # tiles that cannot be read or cropped show here
             if world.is_first:
                 print(f"{opened.summary(world)}; nothing is wrong", file=sys.stderr)
             return
-        session = open_session(recipe, world)
+        session = open_session(recipe, world, beginning)
         watch.on_lost = session.note_lost_peer
         try:
             if session.finished:
@@ -49,6 +52,17 @@ def run(recipe: TrainRecipe) -> None:
         finally:
             session.writer.close()
             session.log.close()
+            session.leave()
+
+
+@contextlib.contextmanager
+def begin(recipe: TrainRecipe, stop: StopRequest) -> Iterator[tuple[World, Beginning]]:
+    """The world of this rank, after all that the ranks do before they have a process group."""
+    beginning = Beginning(recipe, lambda: stop.reason)
+    with join_world(
+        recipe.device, recipe.timeout_s, prepare=beginning.prepare, stopped=lambda: stop.reason
+    ) as world:
+        yield world, beginning
 
 
 def train(session: Session, stop: StopRequest, watch: Watch | None = None) -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import statistics
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,8 @@ from geopose_dist.model.city_spread import LEAST_STD_M
 from geopose_dist.model.recipe import LossRecipe, ModelRecipe
 from geopose_dist.model.unet import GeoposeNet
 from geopose_dist.runtime import World
-from geopose_dist.train import checkpoint, parallel, recompute
+from geopose_dist.train import checkpoint, parallel, recompute, run_store
+from geopose_dist.train.beginning import Beginning
 from geopose_dist.train.checkpoint import Progress, Snapshot
 from geopose_dist.train.recipe import Length, TrainRecipe
 
@@ -48,6 +48,7 @@ class Opened:
     progress: Progress
     stored: Snapshot | None
     total_steps: int | None
+    beginning: Beginning
 
     def summary(self, world: World) -> str:
         """The first sentence of a run."""
@@ -60,8 +61,12 @@ class Opened:
         )
 
 
-def look(recipe: TrainRecipe, world: World) -> Opened:
-    """Open data, network and checkpoint of a run; every mistake in the recipe shows here (UserError)."""
+def look(recipe: TrainRecipe, world: World, beginning: Beginning | None = None) -> Opened:
+    """Open data, network and checkpoint of a run; every mistake in the recipe shows here (UserError).
+
+    `beginning` is what the ranks did before they had a group; without one this process looks for itself.
+    """
+    beginning = beginning or Beginning.alone(recipe)
     if not recipe.data.shards:
         raise UserError("data.shards is not set; name the folder that `geopose pack` made: --data.shards DIR")
     parallel.check_parallel(recipe, world)
@@ -70,20 +75,19 @@ def look(recipe: TrainRecipe, world: World) -> Opened:
     check_crop(recipe.data.crop_px, shards)
     validation = validation_split(recipe, world)
     recipe = with_data_facts(recipe, shards)
-    run = Path(recipe.out)
-    folders = weights.step_folders(run)
-    fingerprint = shards.fingerprint()
+    folder, fingerprint = beginning.checkpoint, shards.fingerprint()
     progress, stored = Progress(fingerprint=fingerprint), None
-    if folders:
-        checkpoint.check_same_run(folders[-1], recipe, fingerprint)
-        progress, stored = checkpoint.read_progress(folders[-1]), checkpoint.load(folders[-1])
+    if folder is not None:
+        checkpoint.check_same_run(folder, recipe, fingerprint)
+        progress, stored = checkpoint.read_progress(folder), checkpoint.load(folder)
     torch.manual_seed(recipe.seed)
     net = GeoposeNet(recipe.model)
     source = start_weights(net, recipe, stored, world)
     each_bytes = checkpoint.size_bytes(net, recipe.ema_decay > 0)
-    world.on_first(lambda: checkpoint.check_room(run, each_bytes, recipe.checkpoint.keep))
+    keep = recipe.checkpoint.keep if beginning.store is None else 1
+    world.on_first(lambda: checkpoint.check_room(beginning.folder, each_bytes, keep))
     total_steps = Length.parse(recipe.length).steps(len(shards), recipe.data.global_batch)
-    return Opened(recipe, shards, validation, net, source, progress, stored, total_steps)
+    return Opened(recipe, shards, validation, net, source, progress, stored, total_steps, beginning)
 
 
 def check_crop(crop_px: int | None, shards: ShardSet) -> None:
@@ -151,7 +155,7 @@ def start_weights(net: GeoposeNet, recipe: TrainRecipe, stored: Snapshot | None,
         weights.load_state(net, stored.model, recipe.out)
         return "goes on"
     if recipe.init_from is not None:
-        donor, _ = weights.load_net(Path(recipe.init_from))
+        donor, _ = weights.load_net(run_store.fetched_weights(recipe.init_from, recipe.data.store))
         weights.load_state(net, donor.state_dict(), recipe.init_from)
         return f"starts from the weights of {recipe.init_from}"
     if recipe.model.weights != "hub":

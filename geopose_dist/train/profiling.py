@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 
 from geopose_dist.runtime import World
 from geopose_dist.train.recipe import TrainRecipe
+from geopose_dist.train.run_store import local_folder
 
 FOLDER = "profile"
 FIRST_STEP, LAST_STEP = 5, 10
@@ -26,7 +26,7 @@ def profiled(recipe: TrainRecipe, world: World) -> Iterator[Callable[[], None]]:
     if not recipe.profile:
         yield lambda: None
         return
-    path = Path(recipe.out) / FOLDER / f"rank-{world.rank}.json.gz"
+    path = local_folder(recipe) / FOLDER / f"rank-{world.rank}.json.gz"
     written = False
 
     def write(profile: torch.profiler.profile) -> None:

@@ -152,7 +152,8 @@ class TrainRecipe:
     """A training run, whole: the same recipe, shards and seed give the same run on any number of ranks."""
 
     out: str = "runs/train"
-    """Run folder: recipe, metrics, checkpoints. A run that is there already goes on."""
+    """Run folder: recipe, metrics, checkpoints; all machines share it, or it is s3://, gs:// or az:// and where. A run
+    that is there already goes on."""
     data: DataRecipe = field(default_factory=DataRecipe)
     """Which tiles, in which order, in which batches."""
     augment: AugmentRecipe = field(default_factory=AugmentRecipe)
@@ -198,11 +199,14 @@ class TrainRecipe:
     nonfinite_limit: int = 10
     """Steps, since the start, that `on_nonfinite: skip` may leave out before the run stops after all."""
     init_from: str | None = None
-    """Checkpoint or run whose weights this run starts from; unlike going on, nothing else is taken over."""
+    """Checkpoint or run (a path, or the URL of a run) whose weights this run starts from; unlike going on, nothing
+    else is taken over."""
     allow_change: list[str] = field(default_factory=list)
     """Fields, such as `optim.lr`, that may differ from those of the run that goes on."""
     timeout_s: float = 600.0
     """How long a rank waits for the others before the run ends, naming who did not come (exit code 75)."""
+    preflight: Literal["refuse", "warn"] = "refuse"
+    """Ranks with other versions, recipes or shards than rank 0's stop the run before it begins, or are only told."""
     check: bool = False
     """Look at recipe, shards, weights, checkpoints and disk, say what is wrong, and train nothing."""
 

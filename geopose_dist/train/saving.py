@@ -1,12 +1,15 @@
 """Writing checkpoints while training goes on.
 
 A save copies everything to host memory first (page-locked beside a GPU, kept for the next save), which is all
-that training waits for; a thread then writes, fsyncs and renames. One save is in flight at most: the next one
-waits for it. What goes wrong in the thread is raised at the next step. Memory for it: the size of a checkpoint.
+that training waits for; a thread then writes, fsyncs and renames, and uploads if the run is kept in a store. One
+save is in flight at most: the next one waits for it. What goes wrong in the thread is raised at the next step,
+but for an outage of a store, which costs safety and no results: the next save tries again. Memory for it: the
+size of a checkpoint.
 """
 
 from __future__ import annotations
 
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from geopose_dist.data.stores import StoreFailure
 from geopose_dist.train import checkpoint
 from geopose_dist.train.checkpoint import Progress, Snapshot
 from geopose_dist.train.recipe import TrainRecipe
+from geopose_dist.train.run_store import RunStore
 
 
 class Writer:
@@ -26,8 +31,8 @@ class Writer:
         last_step: step of the newest save that was begun.
     """
 
-    def __init__(self, run: Path, recipe: TrainRecipe) -> None:
-        self.run, self.recipe = run, recipe
+    def __init__(self, run: Path, recipe: TrainRecipe, store: RunStore | None = None) -> None:
+        self.run, self.recipe, self.store = run, recipe, store
         self.last_step: int | None = None
         self._host = HostCopy()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -38,7 +43,7 @@ class Writer:
         self.finish()
         held = self._host.take(snapshot)
         self.last_step = progress.step
-        self._writing = self._thread.submit(self._write, progress, held)
+        self._writing = self._thread.submit(self._write, progress, held, wait)
         if wait or not self.recipe.checkpoint.asynchronous:
             self.finish()
 
@@ -57,9 +62,23 @@ class Writer:
         """Let the checkpoint in flight become whole, whatever ends the run."""
         self._thread.shutdown()
 
-    def _write(self, progress: Progress, snapshot: Snapshot) -> None:
-        checkpoint.save(self.run, self.recipe, progress, snapshot)
-        checkpoint.prune(self.run, self.recipe.checkpoint.keep)
+    def _write(self, progress: Progress, snapshot: Snapshot, is_wanted_now: bool) -> None:
+        folder = checkpoint.save(self.run, self.recipe, progress, snapshot)
+        keep = self.recipe.checkpoint.keep
+        if self.store is None:
+            checkpoint.prune(self.run, keep)
+            return
+        checkpoint.prune(self.run, 1)  # the store has the others
+        try:
+            self.store.save(folder, keep)
+        except StoreFailure as error:
+            if is_wanted_now:
+                raise
+            print(
+                f"step {progress.step} is not saved: {error}; training goes on, and the next save tries again",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 class HostCopy:

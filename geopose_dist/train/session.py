@@ -15,11 +15,14 @@ from typing import Any
 
 from geopose_dist import config, files
 from geopose_dist.data.manifest import ShardSet
+from geopose_dist.data.stores import StoreFailure
+from geopose_dist.errors import UserError
 from geopose_dist.metrics_log import MetricsLog
 from geopose_dist.metrics_log import Progress as ProgressBar
 from geopose_dist.model.unet import GeoposeNet
 from geopose_dist.runtime import World
 from geopose_dist.train import checkpoint, opening
+from geopose_dist.train.beginning import Beginning
 from geopose_dist.train.checkpoint import Progress, Snapshot
 from geopose_dist.train.damage import Damage
 from geopose_dist.train.guard import Verdicts
@@ -123,8 +126,8 @@ class Session:
         return self.progress.r2 is not None or self.progress.step % self.recipe.checkpoint.every_steps == 0
 
     def recipe_path(self) -> Path:
-        """The run folder."""
-        return Path(self.recipe.out)
+        """The run folder on this machine."""
+        return self.writer.run
 
     def averaged_net(self) -> GeoposeNet:
         """A copy of the network with the averaged weights."""
@@ -154,6 +157,21 @@ class Session:
         """Tell launchers to start again, from any rank; not if this start came to nothing, or they would for ever."""
         if self.progress.step > self._first_step:
             self.set_status("lost", for_all=True)
+            self.upload((RUN_STATE,))
+
+    def leave(self) -> None:
+        """Upload what was written since the last save, whatever ends the run; of other ranks what is theirs alone."""
+        self.upload(("",) if self.world.is_first else (f"rank-{self.world.rank}.",))
+
+    def upload(self, marks: tuple[str, ...]) -> None:
+        """Bring files whose names hold one of `marks` into the run's store, if it has one; says what fails."""
+        if self.writer.store is None:
+            return
+        try:
+            self.writer.store.put_logs(marks)
+        except (StoreFailure, UserError) as error:
+            told = f"rank {self.world.rank}: the last lines of the logs are not in the store: {error}"
+            print(told, file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:
         """Tell the user, once over all ranks."""
@@ -174,9 +192,9 @@ class Session:
         return f"done: {self.progress.step} steps in {self.elapsed_s():.0f} s{score}{early}; see {self.recipe.out}"
 
 
-def open_session(recipe: TrainRecipe, world: World) -> Session:
+def open_session(recipe: TrainRecipe, world: World, beginning: Beginning | None = None) -> Session:
     """Open a run, fresh or where it stopped; every mistake in the recipe shows here (UserError)."""
-    opened = opening.look(recipe, world)
+    opened = opening.look(recipe, world, beginning)
     recipe, progress, stored = opened.recipe, opened.progress, opened.stored
     net = opening.prepared(opened, world)
     optimizer = make_optimizer(recipe.optim, net, world.device, recipe.data.global_batch)
@@ -190,7 +208,7 @@ def open_session(recipe: TrainRecipe, world: World) -> Session:
         if ema is not None and stored.ema is not None:
             ema.state = {name: value.to(world.device) for name, value in stored.ema.items()}
     loader = opening.loader_of(opened, world)
-    run = Path(recipe.out)
+    run, store = opened.beginning.folder, opened.beginning.store
     # From here on files are written: all that a recipe can get wrong was looked at before.
     if world.is_first:
         run.mkdir(parents=True, exist_ok=True)
@@ -209,7 +227,7 @@ def open_session(recipe: TrainRecipe, world: World) -> Session:
         log=MetricsLog(run, progress.step, tensorboard=True) if world.is_first else _NoLog(),
         facts=opening.facts_of(opened.shards, recipe.model),
         progress=progress,
-        writer=Writer(run, recipe),
+        writer=Writer(run, recipe, store),
         verdicts=Verdicts(recipe, world, opened.shards.manifest.cities),
         damage=Damage(run, progress.step, recipe.data.damage_limit, world),
         finished=opened.total_steps is not None and progress.step >= opened.total_steps,
@@ -217,6 +235,8 @@ def open_session(recipe: TrainRecipe, world: World) -> Session:
     session.finished |= session.worn_out()
     if not session.finished:
         session.set_status("running")
+        if store is not None and world.is_first:
+            store.put_logs()  # what may not be written shows now
         session.say(opened.summary(world))
     return session
 
