@@ -14,13 +14,14 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from geopose_dist import __version__, files
 from geopose_dist.bench import machine
 from geopose_dist.errors import FinishedWithFailures
 from geopose_dist.pool import usable_cores
+from geopose_dist.train.recipe import TrainRecipe
 
 CODECS = ("QOI", "HTJ2K", "JPEG2K", "JPEG8", "PNG", "WEBP", "PCODEC", "ZSTD", "DEFLATE")
 SMALL_SHM_GIB = 1.0
@@ -28,11 +29,19 @@ SMALL_SHM_GIB = 1.0
 
 
 @dataclass(frozen=True)
-class DoctorRecipe:
-    """What to tell, and where."""
+class DoctorRecipe(TrainRecipe):
+    """What to tell, and where; the other fields are training's and count with `distributed` only."""
 
     json: str | None = None
     """File for the findings as JSON; `-` prints them instead of the table."""
+    distributed: bool = False
+    """Under torchrun, with the recipe and options of a training: compare versions, recipe and shards of all ranks,
+    read from every host, look at shared memory, open files, disks and clocks, and measure the exchange; exit code
+    2 names the rank and host that differs."""
+
+    def training(self) -> TrainRecipe:
+        """The training that is to be started."""
+        return TrainRecipe(**{field.name: getattr(self, field.name) for field in fields(TrainRecipe)})
 
 
 @dataclass(frozen=True)
@@ -214,6 +223,11 @@ def examine() -> list[Finding]:
 
 def run(recipe: DoctorRecipe) -> None:
     """Print the findings; FinishedWithFailures if something is missing that commands need."""
+    if recipe.distributed:
+        from geopose_dist import preflight
+
+        preflight.run(recipe.training(), recipe.json)
+        return
     findings = examine()
     facts = {"findings": [asdict(finding) for finding in findings], "machine": machine.describe()}
     text = json.dumps(facts, indent=1) + "\n"
