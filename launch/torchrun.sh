@@ -48,6 +48,9 @@ for i in "${!words[@]}"; do
   esac
 done
 OUT=${OUT:-runs/smoke}
+# A run that is kept in a store (s3://BUCKET/RUN) has its ranks' logs in a folder of each node.
+FOLDER=$OUT
+case $OUT in *://*) FOLDER=runs/${OUT##*/} ;; esac
 
 if [ -z "${NPROC:-}" ]; then
   # torch counts what CUDA_VISIBLE_DEVICES leaves; nvidia-smi would count all.
@@ -76,7 +79,7 @@ command+=(--signals-to-handle "$HANDLED_SIGNALS" --shutdown-timeout "$SHUTDOWN_T
 [ "$NUMA_BINDING" != none ] && command+=(--numa-binding "$NUMA_BINDING")
 # What each rank says: on the console behind its name, and in a file of its own below the run folder.
 # shellcheck disable=SC2016 # torchrun puts the rank in, not the shell
-[ "$NPROC:$NNODES" != 1:1 ] && command+=(--tee 3 --log-dir "$OUT/logs" --log-line-prefix-template '[rank ${rank}] ')
+[ "$NPROC:$NNODES" != 1:1 ] && command+=(--tee 3 --log-dir "$FOLDER/logs" --log-line-prefix-template '[rank ${rank}] ')
 command+=(-m geopose_dist train --config "${CONFIG:-smoke}")
 
 if [ -z "$shards_given" ] && [ "$NNODES" = 1 ]; then
@@ -119,8 +122,8 @@ meet() {
 
 # torchrun runs in the background because bash acts on a signal only between commands, and `wait` is one that a
 # signal ends. Every signal becomes SIGTERM: save, then leave. torchrun ignores none of them (see above).
-mkdir -p "$OUT"
-began=$(mktemp "$OUT/.launched.XXXXXX")
+mkdir -p "$FOLDER"
+began=$(mktemp "$FOLDER/.launched.XXXXXX")
 trap 'rm -f "$began"' EXIT
 "${command[@]}" &
 child=$!
@@ -135,7 +138,7 @@ done
 # geopose_dist.torchrun leaves with 75 where the same command will go on. Only a torchrun that was killed cannot say it:
 # then its ranks save and leave, and the run folder tells how. A state from before this start does not count, or a run
 # that fails at once would be queued again for ever.
-state=$OUT/state.json
+state=$FOLDER/state.json
 stands() { [ "$state" -nt "$began" ] && grep -q "\"status\": *\"$1\"" "$state"; }
 if [ "$code" -ge 128 ]; then
   echo "launch/torchrun.sh: torchrun on $(hostname) was ended by signal $((code - 128)); its ranks save and leave" >&2

@@ -46,6 +46,12 @@ def test_without_variables_one_node_and_the_smoke_recipe() -> None:
     assert int(command[command.index("--shutdown-timeout") + 1]) >= 60
 
 
+def test_a_run_in_a_store_has_its_logs_in_a_folder() -> None:
+    command = dry("--out", "s3://bucket/runs/a", NPROC="2")
+    assert command[command.index("--log-dir") + 1] == "runs/a/logs"
+    assert command[command.index("--out") + 1] == "s3://bucket/runs/a"
+
+
 def test_nodes_meet_at_the_named_address() -> None:
     first = dry(NPROC="8", NNODES="2", MASTER_ADDR="host0", RDZV_ID="job7", LOCAL_ADDR="10.0.0.1")
     assert "--standalone" not in first
