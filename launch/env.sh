@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Settings that several processes on several machines need, each with its reason, in this one place.
 #
-# torchrun.sh reads it, and with it slurm.sbatch and the files of k8s/, which call torchrun.sh; ray/ reads it, too.
+# torchrun.sh reads it, and so do slurm.sbatch and the files of k8s/, which call torchrun.sh. (Ray gives every actor
+# its own threads: ray/common.sh.)
 # Every setting is a default: what the environment says already wins. `launch/env.sh` alone prints them, and
 # DRY_RUN=1 before any script of this folder prints them with the command.
 #

@@ -106,7 +106,7 @@ meet() {
   local why until=$((SECONDS + MEET_TIMEOUT)) told=$SECONDS
   trap 'echo "launch/torchrun.sh: stopped while waiting for node 0; nothing had begun" >&2; exit 75' TERM INT HUP USR1 USR2
   while ! why=$(timeout 5 bash -c ": >/dev/tcp/$MASTER_ADDR/$MASTER_PORT" 2>&1); do
-    why=${why%%$'\n'*} why=${why#bash: line 1: } # its first line is the reason, the second repeats the address
+    why=${why%%$'\n'*} why=${why#bash: } why=${why#connect: } why=${why#line 1: } # the second line repeats the address
     why="node $NODE_RANK reaches nobody at $MASTER_ADDR:$MASTER_PORT (${why:-no answer within 5 s})"
     if [ "$SECONDS" -ge "$until" ]; then
       echo "launch/torchrun.sh: $why, $MEET_TIMEOUT s long; is node 0 started, MASTER_ADDR its address, and the port open?" >&2
@@ -141,7 +141,7 @@ done
 state=$FOLDER/state.json
 stands() { [ "$state" -nt "$began" ] && grep -q "\"status\": *\"$1\"" "$state"; }
 if [ "$code" -ge 128 ]; then
-  echo "launch/torchrun.sh: torchrun on $(hostname) was ended by signal $((code - 128)); its ranks save and leave" >&2
+  echo "launch/torchrun.sh: torchrun on $(hostname) was ended by signal $((code - 128)); its ranks save and leave (see $FOLDER/logs)" >&2
   until=$((SECONDS + SHUTDOWN_TIMEOUT))
   until stands preempted || stands lost || [ "$SECONDS" -ge "$until" ]; do sleep 1; done
 fi
