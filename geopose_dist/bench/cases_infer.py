@@ -11,15 +11,15 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
 from geopose_dist import geometry, kernels
+from geopose_dist.bench import predict_job
+from geopose_dist.bench.drawn import city
 from geopose_dist.bench.harness import Row, check, pinned, timing
 from geopose_dist.data.sample import U8
 from geopose_dist.evaluate import predictions as files
@@ -32,21 +32,6 @@ LOOP_PX = 512
 JOB_TILES, JOB_PX = 16, 512
 QUICK = {"TILE_PX": 256, "LOOP_PX": 128, "JOB_TILES": 3, "JOB_PX": 128}
 """Side of the tile for the Python double loop, which takes ten seconds for a whole one."""
-
-
-def city(side: int, seed: int = 0) -> tuple[U8, F32]:
-    """A drawn tile (rgb, agl_m) with flat roofs, a slope and rough ground: labels as they look, roughly."""
-    rng = np.random.default_rng(seed)
-    ground = cv2.resize(
-        rng.uniform(0, 3, (side // 32, side // 32)), (side, side), interpolation=cv2.INTER_CUBIC
-    )
-    agl_m = np.maximum(ground - 1, 0).astype(np.float32)
-    for _ in range((side // 64) ** 2):
-        row, column = rng.integers(0, side, 2)
-        rows, columns = rng.integers(8, 60, 2)
-        agl_m[row : row + rows, column : column + columns] = rng.uniform(3, 40)
-    rgb = np.stack([agl_m * 5, 255 - agl_m * 3, np.full_like(agl_m, 90)], -1).clip(0, 255).astype(np.uint8)
-    return rgb, agl_m + rng.normal(0, 0.02, agl_m.shape).astype(np.float32).clip(0)
 
 
 def beside(ours: Callable[[], object], theirs: Callable[[], object], repeats: int, **facts: object) -> Row:
@@ -233,115 +218,7 @@ def predict_case(repeats: int) -> list[Row]:
         name = f"convert and write {TILE_PX}x{TILE_PX} uint16 deflate TIFF"
         checked = f"same heights, {share:.2f} of the baseline's bytes"
         written = beside(ours, pillow, repeats, name=name, baseline="NumPy + Pillow", checked=checked)
-        return [written, job(Path(folder) / "job")]
-
-
-def job(work: Path) -> Row:
-    """One actor over J2K tiles beside the benchmark's three blocking steps, and how busy the network is meanwhile."""
-    tiles, side = JOB_TILES, JOB_PX
-    import imagecodecs
-    import torch
-
-    from geopose_dist.infer.recipe import NetRecipe
-    from geopose_dist.infer.work import TileSource, WorkSpec, fix_batches
-    from geopose_dist.model.recipe import ModelRecipe
-    from geopose_dist.model.unet import GeoposeNet
-    from geopose_dist.model.weights import save_weights
-    from shards import layouts
-
-    work.mkdir()
-    (work / "out").mkdir()
-    recipe = ModelRecipe(encoder="resnet18")
-    torch.manual_seed(0)
-    save_weights(work / "net.safetensors", GeoposeNet(recipe).state_dict(), recipe, {"reduction": 2})
-    sources = []
-    for index in range(tiles):
-        path = work / f"JAX_{index:03}_RGB.j2k"
-        path.write_bytes(imagecodecs.jpeg2k_encode(city(side, index)[0], codecformat="J2K"))
-        sources.append(TileSource(f"JAX_{index:03}", layouts.Tile(f"JAX_{index:03}", "JAX", path)))
-    spec = WorkSpec(
-        (work / "net.safetensors",),
-        NetRecipe(),
-        2,
-        work / "out",
-        "cm",
-        "",
-        "",
-        1,
-        "cpu",
-        torch.get_num_threads(),
-    )
-    worker = spec(0)
-    spans: list[tuple[float, float]] = []
-    predict = worker.predictor._average
-
-    def timed(*given: Any, **named: Any) -> Any:
-        began = time.perf_counter()
-        answer = predict(*given, **named)
-        spans.append((began, time.perf_counter()))
-        return answer
-
-    worker.predictor._average = timed  # type: ignore[method-assign]
-    items = fix_batches(sources, spec.batch)
-    worker(items[0])  # warm-up
-    spans.clear()
-    began = time.perf_counter()
-    with ThreadPoolExecutor(2) as two_in_flight:  # as the dispatcher keeps them
-        reports = list(two_in_flight.map(worker, items))
-    wall = time.perf_counter() - began
-    check(sum(len(report.written) for report in reports) == tiles, "not all tiles were written")
-    busy = sum(end - start for start, end in spans) / (spans[-1][1] - spans[0][0])
-    worker.predictor._average = predict  # type: ignore[method-assign]
-    check_written(worker.predictor, sources, work / "out")
-    theirs = in_steps(worker.predictor, sources, work / "steps")
-    return {
-        "name": f"predict {tiles} J2K tiles of {side}x{side}, resnet18, one actor on CPU",
-        "tiles_per_s": tiles / wall,
-        "ms": wall / tiles * 1e3,
-        "baseline": "predict, then convert, one tile after another",
-        "baseline_ms": theirs / tiles * 1e3,
-        "speedup": theirs / wall,
-        "network_busy": busy,
-        "bottleneck": "the network" if busy >= 0.85 else "reading and writing",
-        "spread": 0.0,
-        "repeats": 1,
-        "checked": "all tiles written, each as the network alone predicts it",
-    }
-
-
-def check_written(predictor: Any, sources: list[Any], folder: Path) -> None:
-    """Files hold what the predictor answers for a tile alone, to a centimetre (rounding by the place in a batch)."""
-    import imagecodecs
-
-    for source in sources[:: max(1, len(sources) // 3)]:
-        pose = predictor.predict([imagecodecs.jpeg2k_decode(source.tile.rgb.read_bytes())], [None])[0]
-        wanted, _ = files.heights_cm(pose.agl_m)
-        found = files.read_tiff(folder / f"{source.key}_AGL.tif")
-        off = int(np.abs(found.astype(int) - wanted.astype(int)).max())
-        check(off <= 1, f"{source.key}: heights in the file are {off} cm off the network's")
-        scale, angle = files.read_vflow(folder / f"{source.key}_VFLOW.json")
-        same = abs(scale * 100 / pose.scale_px_per_m - 1) < 1e-4 and abs(angle - pose.angle_rad) < 1e-4
-        check(same, f"{source.key}: the file holds another pose than the network's")
-
-
-def in_steps(predictor: Any, sources: list[Any], folder: Path) -> float:
-    """Seconds of the benchmark's way over the same tiles and network: float files first, then uint16 ones."""
-    import imagecodecs
-    import tifffile
-    from PIL import Image
-
-    folder.mkdir()
-    began = time.perf_counter()
-    for source in sources:
-        rgb = imagecodecs.jpeg2k_decode(source.tile.rgb.read_bytes())[::2, ::2]
-        agl_m, _, _ = predictor.answers([np.ascontiguousarray(rgb)], [None], reduced_by=2)
-        large = agl_m[0].clip(0).repeat(2, 0).repeat(2, 1)
-        tifffile.imwrite(folder / f"{source.key}_AGL.tif", large)
-    for source in sources:
-        heights = tifffile.imread(folder / f"{source.key}_AGL.tif")
-        centimetres = (heights * 100).round().astype(np.uint16)
-        Image.fromarray(centimetres).save(folder / f"{source.key}_cm.tif", compression="tiff_adobe_deflate")
-    return time.perf_counter() - began
+        return [written, *predict_job.rows(Path(folder), JOB_TILES, JOB_PX)]
 
 
 CASES = {"score": score_case, "rectify": rectify_case, "predict": predict_case}

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from geopose_dist.bench.cases_infer import city
+from geopose_dist.bench.drawn import city
 from geopose_dist.bench.harness import Row, check
 from geopose_dist.bench.recipe import BenchRecipe
 from geopose_dist.bench.submission_recipe import SubmissionRecipe
