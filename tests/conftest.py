@@ -105,3 +105,14 @@ def tiles(tmp_path: Path) -> Path:
 
     jobs.write_tiles(tmp_path / "tiles", 7)
     return tmp_path / "tiles"
+
+
+@pytest.fixture(scope="session")
+def undisturbed(train_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`runs.PLAIN` on two ranks of this host, which nothing disturbs: what other runs are compared with."""
+    import runs
+
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    code, said = runs.finish(runs.launch(runs.words(train_shards, out, *runs.PLAIN), 2))
+    assert code == 0, said
+    return out

@@ -5,8 +5,8 @@
         b.unplug()                         # and b.plug(); b.die() is a power cut
 
 Every host has a name of its own, which resolves on both. Root and iproute2 are needed; `why_not()` says what is
-missing. `two_hosts(delay_ms=..., loss=...)` puts a third namespace between them, in which tests/relay.py
-carries every packet, late or not at all: kernels without netem are common.
+missing. Between `two_far_hosts()` is a third namespace, in which tests/relay.py carries every packet, late or not
+at all: kernels without netem are common.
 """
 
 from __future__ import annotations
@@ -111,75 +111,98 @@ def ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
 
 
-@contextlib.contextmanager
-def two_hosts(
-    mbit: float | None = None, delay_ms: float = 0.0, loss: float = 0.0
-) -> Iterator[tuple[Host, Host]]:
-    """Two hosts joined by a link, limited to `mbit` megabits per second each way by tbf if given.
+class Cable:
+    """What is between two hosts that were far from each other."""
 
-    Packets come `delay_ms` later, and the share `loss` of them not at all, in each direction.
-    """
-    mark = uuid.uuid4().hex[:6]
-    hosts = tuple(Host(f"gp{mark}{end}", f"10.77.0.{n}", f"gp{mark}{end}") for n, end in ((1, "a"), (2, "b")))
-    relay = None
-    between = f"gp{mark}r"
-    try:
-        for host in hosts:
-            ip("netns", "add", host.name)
-            (NAMES / host.name).mkdir(parents=True)
-            lines = ["127.0.0.1 localhost", *(f"{one.address} {one.name}" for one in hosts)]
-            (NAMES / host.name / "hosts").write_text("\n".join(lines) + "\n")
-        if delay_ms or loss:
-            ip("netns", "add", between)
+    def __init__(self, namespace: str, ends: list[str]) -> None:
+        words = ["ip", "netns", "exec", namespace, sys.executable, str(RELAY), *ends]
+        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._answer("ready")
+
+    def set(self, delay_ms: float, loss: float) -> None:
+        """Let packets come so much later from now on, and this share of them not at all, in each direction."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{delay_ms} {loss}\n")
+        self.process.stdin.flush()
+        self._answer("changed")
+
+    def _answer(self, wanted: str) -> None:
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == f"{wanted}\n"
+
+    def close(self) -> None:
+        """End the relay."""
+        self.process.kill()
+        self.process.communicate()
+
+
+@contextlib.contextmanager
+def two_hosts(mbit: float | None = None) -> Iterator[tuple[Host, Host]]:
+    """Two hosts joined by a link, limited to `mbit` megabits per second each way by tbf if given."""
+    with _hosts() as hosts:
+        connect(hosts[0].name, hosts[0].interface, hosts[1].name, hosts[1].interface)
+        _address(hosts)
+        if mbit is not None:
             for host in hosts:
-                join(host.name, host.interface, between, f"{host.interface}r")
-        else:
-            join(hosts[0].name, hosts[0].interface, hosts[1].name, hosts[1].interface)
-        for host in hosts:
-            ip("-n", host.name, "addr", "add", f"{host.address}/24", "dev", host.interface)
-            ip("-n", host.name, "link", "set", "lo", "up")
-            if mbit is not None:
                 limit(host, mbit)
-        if delay_ms or loss:
-            ends = [f"{host.interface}r" for host in hosts]
-            words = [sys.executable, str(RELAY), *ends, str(delay_ms), str(loss)]
-            for host in hosts:  # else packets arrive joined to 64 KiB, and without checksums
-                inside = [
-                    "ip",
-                    "netns",
-                    "exec",
-                    host.name,
-                    sys.executable,
-                    str(RELAY),
-                    "--plain",
-                    host.interface,
-                ]
-                subprocess.run(inside, check=True)
-            relay = subprocess.Popen(
-                ["ip", "netns", "exec", between, *words], stdout=subprocess.PIPE, text=True
-            )
-            assert relay.stdout is not None
-            assert relay.stdout.readline() == "ready\n"
-        yield hosts[0], hosts[1]
+        yield hosts
+
+
+@contextlib.contextmanager
+def two_far_hosts() -> Iterator[tuple[Host, Host, Cable]]:
+    """Two hosts, and the cable between them, which may be long and bad."""
+    with _hosts() as hosts:
+        between = f"{hosts[0].name}r"
+        ip("netns", "add", between)
+        cable = None
+        try:
+            for host in hosts:
+                connect(host.name, host.interface, between, f"{host.interface}r")
+                plain = [sys.executable, str(RELAY), "--plain", host.interface]
+                subprocess.run(["ip", "netns", "exec", host.name, *plain], check=True)
+            _address(hosts)
+            cable = Cable(between, [f"{host.interface}r" for host in hosts])
+            yield *hosts, cable
+        finally:
+            if cable is not None:
+                cable.close()
+            subprocess.run(["ip", "netns", "del", between], capture_output=True, check=False)
+
+
+@contextlib.contextmanager
+def _hosts() -> Iterator[tuple[Host, Host]]:
+    """Two hosts without a link, which know each other's names; whatever runs on them ends with the block."""
+    mark = uuid.uuid4().hex[:6]
+    first, second = (
+        Host(f"gp{mark}{end}", f"10.77.0.{n}", f"gp{mark}{end}") for n, end in ((1, "a"), (2, "b"))
+    )
+    names = f"127.0.0.1 localhost\n{first.address} {first.name}\n{second.address} {second.name}\n"
+    try:
+        for host in (first, second):
+            ip("netns", "add", host.name)
+            ip("-n", host.name, "link", "set", "lo", "up")
+            (NAMES / host.name).mkdir(parents=True)
+            (NAMES / host.name / "hosts").write_text(names)
+        yield first, second
     finally:
-        if relay is not None:
-            relay.kill()
-            relay.communicate()
-        for host in hosts:
+        for host in (first, second):
             host.kill()
             subprocess.run(["ip", "netns", "del", host.name], capture_output=True, check=False)
             shutil.rmtree(NAMES / host.name, ignore_errors=True)
-        subprocess.run(["ip", "netns", "del", between], capture_output=True, check=False)
         with contextlib.suppress(OSError):
             NAMES.rmdir()  # if nobody else's hosts are there
 
 
-def join(here: str, end: str, there: str, other_end: str) -> None:
+def connect(here: str, end: str, there: str, other_end: str) -> None:
     """A cable between two namespaces: `end` in `here`, `other_end` in `there`."""
-    ip("link", "add", end, "type", "veth", "peer", "name", other_end)
+    ip("link", "add", end, "netns", here, "type", "veth", "peer", "name", other_end, "netns", there)
     for namespace, one in ((here, end), (there, other_end)):
-        ip("link", "set", one, "netns", namespace)
         ip("-n", namespace, "link", "set", one, "up")
+
+
+def _address(hosts: tuple[Host, Host]) -> None:
+    for host in hosts:
+        ip("-n", host.name, "addr", "add", f"{host.address}/24", "dev", host.interface)
 
 
 def limit(host: Host, mbit: float) -> None:

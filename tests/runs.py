@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from tiles import make_dataset
 from torch import Tensor
@@ -34,6 +35,12 @@ TINY = (
     "--optim.warmup-steps=2",
     "--augment.preset=dihedral",
 )
+
+PLAIN = (
+    "--length=20 steps", "--data.global-batch=2", "--data.micro-batch=1", "--augment.preset=benchmark",
+    "--checkpoint.every-steps=2",
+)  # fmt: skip
+"""20 steps that the fixture `undisturbed` took on two ranks."""
 
 
 def words(shards: Path, out: Path, *options: str) -> list[str]:
@@ -111,6 +118,15 @@ def final_weights(run: Path, name: str = "model") -> dict[str, Tensor]:
     """Tensors of the newest checkpoint."""
     newest = sorted((run / "checkpoints").glob("step-*"))[-1]
     return load_file(newest / f"{name}.safetensors")
+
+
+def assert_same_weights(first: Path, second: Path, *, buffers: bool = True) -> None:
+    """Bit for bit; running buffers of BatchNorm depend on how a batch was cut."""
+    one, two = final_weights(first), final_weights(second)
+    assert one.keys() == two.keys()
+    for name in one:
+        if buffers or not ("running" in name or "num_batches" in name):
+            assert torch.equal(one[name], two[name]), name
 
 
 def make_shards(folder: Path) -> Path:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import runs
 import torch
+from runs import PLAIN, assert_same_weights
 
 PER_RANK = ("--data.global-batch=2", "--data.micro-batch=1")
 OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -25,24 +26,6 @@ def finished(shards: Path, out: Path, ranks: int, *options: str) -> Path:
     code, said = runs.finish(runs.launch(runs.words(shards, out, *options), ranks))
     assert code == 0, said
     return out
-
-
-def assert_same_weights(first: Path, second: Path, *, buffers: bool = True) -> None:
-    """Bit for bit; running buffers of BatchNorm depend on how a batch was cut."""
-    one, two = runs.final_weights(first), runs.final_weights(second)
-    assert one.keys() == two.keys()
-    for name in one:
-        if buffers or not ("running" in name or "num_batches" in name):
-            assert torch.equal(one[name], two[name]), name
-
-
-PLAIN = ("--length=20 steps", *PER_RANK, "--augment.preset=benchmark", "--checkpoint.every-steps=2")
-
-
-@pytest.fixture(scope="module")
-def undisturbed(train_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 steps on two ranks, which nothing disturbs: what the other runs are compared with."""
-    return finished(train_shards, tmp_path_factory.mktemp("undisturbed") / "run", 2, *PLAIN)
 
 
 @pytest.mark.slow
