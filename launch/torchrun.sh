@@ -20,6 +20,7 @@
 #   MAX_RESTARTS      how often torchrun itself starts lost ranks again (0: leave it to the batch system; elastic: 100)
 #   RDZV_CONF         more settings of the rendezvous, such as last_call_timeout=10,keep_alive_interval=2
 #   SHUTDOWN_TIMEOUT  seconds for the last step and the save (300)
+#   PREFLIGHT=1       train nothing: look at ranks and machines with the training's own words (geopose doctor)
 #   DRY_RUN=1         print the command and stop
 #   PYTHON            interpreter (.venv/bin/python of this checkout, else python3)
 #
@@ -80,7 +81,9 @@ command+=(--signals-to-handle "$HANDLED_SIGNALS" --shutdown-timeout "$SHUTDOWN_T
 # What each rank says: on the console behind its name, and in a file of its own below the run folder.
 # shellcheck disable=SC2016 # torchrun puts the rank in, not the shell
 [ "$NPROC:$NNODES" != 1:1 ] && command+=(--tee 3 --log-dir "$FOLDER/logs" --log-line-prefix-template '[rank ${rank}] ')
-command+=(-m geopose_dist train --config "${CONFIG:-smoke}")
+what=(train)
+[ -n "${PREFLIGHT:-}" ] && what=(doctor --distributed)
+command+=(-m geopose_dist "${what[@]}" --config "${CONFIG:-smoke}")
 
 if [ -z "$shards_given" ] && [ "$NNODES" = 1 ]; then
   # Nothing to learn from was named: render a few small tiles once, so that the script works as it is.

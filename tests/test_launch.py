@@ -52,6 +52,13 @@ def test_a_run_in_a_store_has_its_logs_in_a_folder() -> None:
     assert command[command.index("--out") + 1] == "s3://bucket/runs/a"
 
 
+def test_preflight_is_the_training_with_another_verb() -> None:
+    train, look = dry("--out", "o", NPROC="2"), dry("--out", "o", NPROC="2", PREFLIGHT="1")
+    assert look == [
+        word for part in train for word in (["doctor", "--distributed"] if part == "train" else [part])
+    ]
+
+
 def test_nodes_meet_at_the_named_address() -> None:
     first = dry(NPROC="8", NNODES="2", MASTER_ADDR="host0", RDZV_ID="job7", LOCAL_ADDR="10.0.0.1")
     assert "--standalone" not in first
