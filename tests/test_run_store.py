@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ import torch
 from geopose_dist.data.store_recipe import StoreRecipe
 from geopose_dist.data.stores import StoreFailure, open_store
 from geopose_dist.errors import UserError
+from geopose_dist.meeting import Meeting
 from geopose_dist.model import weights
-from geopose_dist.train import checkpoint, run_store
+from geopose_dist.train import beginning, checkpoint, run_store
+from geopose_dist.train.beginning import Beginning
 from geopose_dist.train.checkpoint import Progress, Snapshot
 from geopose_dist.train.recipe import TrainRecipe
 from geopose_dist.train.run_store import RunStore
@@ -127,6 +130,21 @@ def test_a_checkpoint_that_is_being_removed_is_none(
     assert all(steps == ["step-00000020"] for steps in seen)
 
 
+def test_a_checkpoint_that_is_on_its_way_is_none(
+    tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its state comes last: whatever else is there, nobody takes it for a checkpoint."""
+    run = at("s3://runs/coming", machine(tmp_path, s3))
+    seen: list[list[str]] = []
+    put = run._store.put_file
+    monkeypatch.setattr(
+        run._store, "put_file", lambda name, path: (put(name, path), seen.append(run.steps()))
+    )
+    saved(run, 10)
+    assert seen == [[], []]
+    assert run.steps() == ["step-00000010"]
+
+
 def test_what_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="web servers cannot be written to"):
         run_store.run_store(TrainRecipe(out="http://host/run"))
@@ -140,6 +158,31 @@ def raise_from_empty(folder: Path) -> None:
             return []
 
     Empty("s3://runs/x", StoreRecipe(endpoint="http://127.0.0.1:9"), folder).chosen()
+
+
+def test_a_folder_that_machines_do_not_share_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0's newest checkpoint counts; a machine that does not see it must not begin anew beside it."""
+    monkeypatch.setattr(beginning, "SHARED_S", 0.3)
+    snapshot = Snapshot({"weight": torch.zeros(1)}, {}, {})
+    checkpoint.save(tmp_path / "a", TrainRecipe(), Progress(step=10), snapshot)
+    store = torch.distributed.HashStore()
+
+    def rank(number: int, out: Path) -> str:
+        start = Beginning(TrainRecipe(out=str(out), preflight="warn"))
+        try:
+            start.prepare(Meeting(number, 2, store, 20.0))
+        except UserError as error:
+            return str(error)
+        return str(start.checkpoint)
+
+    with ThreadPoolExecutor(2) as threads:
+        told = list(threads.map(rank, (0, 1), (tmp_path / "a", tmp_path / "b")))
+    assert told[0] == told[1]
+    assert "rank 1 on" in told[0]
+    assert f"{tmp_path}/b/checkpoints/step-00000010 is not there, but rank 0 on" in told[0]
+    assert "--out must be a folder that all machines share" in told[0]
 
 
 def options(s3: str, cache: Path, *more: str) -> tuple[str, ...]:

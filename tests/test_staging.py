@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import range_server
+import runs
 
 from geopose_dist import cli
-from geopose_dist.data import staging
+from geopose_dist.data import manifest, staging
 from geopose_dist.data.manifest import INDEX_DTYPE, Manifest, Shard, ShardSet
 from geopose_dist.data.reader import Reader, open_shards
 from geopose_dist.data.store_recipe import StoreRecipe
@@ -31,12 +32,14 @@ def store(folder: Path, **settings: object) -> StoreRecipe:
     return StoreRecipe(cache_dir=str(folder / "cache"), stage="node", backoff_s=0.01, **settings)  # type: ignore[arg-type]
 
 
-def fake_set(folder: Path, recipe: StoreRecipe, count: int = 4, root: str = "") -> ShardSet:
+def fake_set(
+    folder: Path, recipe: StoreRecipe, count: int = 4, root: str = "", shard_bytes: int = SHARD_BYTES
+) -> ShardSet:
     """A split whose shards are random bytes: staging does not look into them."""
     folder.mkdir(exist_ok=True)
     shards = []
     for i in range(count):
-        data = np.random.Generator(np.random.Philox(zlib.crc32(folder.name.encode()) + i)).bytes(SHARD_BYTES)
+        data = np.random.Generator(np.random.Philox(zlib.crc32(folder.name.encode()) + i)).bytes(shard_bytes)
         name = f"train-{i:06d}.tar"
         (folder / name).write_bytes(data)
         shards.append(Shard(name, "train", 1, len(data), hashlib.sha256(data).hexdigest()))
@@ -101,9 +104,9 @@ def test_a_name_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
     shard_set = fake_set(tmp_path / "a", store(tmp_path), 1)
     for change in ({"sha256": "../../../x"}, {"name": "../x.tar"}):
         bad = dataclasses.replace(shard_set.manifest.shards[0], **change)
-        manifest = dataclasses.replace(shard_set.manifest, shards=[bad])
+        facts = dataclasses.replace(shard_set.manifest, shards=[bad])
         with pytest.raises(UserError, match="pack again"):
-            staging.stage([dataclasses.replace(shard_set, manifest=manifest)], silent=True)
+            staging.stage([dataclasses.replace(shard_set, manifest=facts)], silent=True)
 
 
 def test_the_bound_throws_out_what_nobody_uses_and_never_what_is_used(tmp_path: Path) -> None:
@@ -188,6 +191,39 @@ def test_a_stopped_download_goes_on_where_it_was(
     source = staging.source_of(shard_set)
     assert source is not None
     assert source.read("train-000000.tar", 0, SHARD_BYTES) == (data / "train-000000.tar").read_bytes()
+
+
+def test_another_process_goes_on_when_the_one_that_fetches_is_killed(tmp_path: Path) -> None:
+    """kill -9 in the middle of a shard: who waited takes over at once, from where the dead one was."""
+    data, cache = tmp_path / "data", tmp_path / "cache"
+    shard_set = fake_set(data, store(tmp_path), 2, shard_bytes=20_000_000)
+    manifest.write(data, shard_set.manifest, shard_set.index)
+    with range_server.serve(data, script=["ok", "hang"]) as (address, acts):
+        words = ["-m", "geopose_dist", "stage", "--shards", address, "--store.cache-dir", str(cache)]
+        folder, processes = cache / "staged", []
+        try:
+            for claims in (1, 2):
+                processes.append(runs.python(*words, "--store.in-flight=1"))
+                runs.wait_until(
+                    lambda claims=claims: len(list(folder.glob(".user-*"))) == claims, processes[-1]
+                )
+                runs.wait_until(lambda: any(p.stat().st_size for p in folder.glob(".*.part")), processes[0])
+            processes[0].send_signal(signal.SIGKILL)
+            processes[0].communicate(timeout=60)
+            assert not all((folder / f"{shard.sha256}.tar").is_file() for shard in shard_set.manifest.shards)
+            code, said = runs.finish(processes[1])
+        finally:
+            for process in processes:
+                process.kill()
+                process.communicate(timeout=60)
+    assert code == 0, said
+    for shard in shard_set.manifest.shards:
+        assert hashlib.sha256((folder / f"{shard.sha256}.tar").read_bytes()).hexdigest() == shard.sha256
+    asked = [wanted for _, path, wanted in acts.asked if path.endswith(".tar")]
+    assert (
+        len(asked) <= 2 * 3 + 1
+    )  # three pieces each, of which the killed one may have asked for one in vain
+    assert not list(folder.glob(".*.part"))
 
 
 def test_a_half_that_is_wrong_is_fetched_anew(tmp_path: Path) -> None:
