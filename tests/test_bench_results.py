@@ -166,13 +166,32 @@ def test_plot_draws_scaling_and_learning_as_curves(tmp_path: Path) -> None:
         {"case": "accuracy, median", "recipe": "train/base", "r2": 0.2},
     ]
     files = [results(tmp_path / "s.json", scaling), results(tmp_path / "l.json", learning)]
-    first, second = plot.panels(files)
+    (first,), (second,) = map(plot.panels, files)
     assert isinstance(first, plot.Curves)
     assert first.lines == {"a": [(1, 10.0), (2, 20.0)], "b": [(1, 10.0), (2, 20.0)]}
     assert isinstance(second, plot.Curves)
     assert second.lines == {"train/base, seed 0": [(1.0, 0.2)]}
     assert cli.main(["bench", "plot", *map(str, files), "--out", str(tmp_path / "x.svg")]) == 0
     assert "minutes of training" in (tmp_path / "x.svg").read_text()
+
+
+def test_plot_writes_a_page_with_machine_and_command(tmp_path: Path) -> None:
+    evil = "<script>a</script>"
+    facts = {"baseline": evil, "baseline_tiles_per_s": 3.0}
+    a = results(tmp_path / "a.json", [row(10.0, **facts), row(20.0, codec="webp")])
+    assert cli.main(["bench", "plot", str(a), "--out", str(tmp_path / "a.html")]) == 0
+    text = (tmp_path / "a.html").read_text()
+    assert "<script>" not in text
+    assert text.count("&lt;script&gt;a&lt;/script&gt;: 3") == 1
+    assert "loader, webp: 20" in text
+    assert "geopose bench loader" in text
+    assert "a processor" in text
+
+
+def test_plot_writes_a_file_for_each_figure(tmp_path: Path) -> None:
+    a = results(tmp_path / "a.json", [row(10.0), {"case": "b", "ms": 3.0}])
+    assert cli.main(["bench", "plot", str(a), "--out", str(tmp_path / "f"), "--format", "pdf"]) == 0
+    assert sorted(path.name for path in (tmp_path / "f").iterdir()) == ["a_ms.pdf", "a_tiles_s.pdf"]
 
 
 def test_accuracy_takes_what_is_finished_and_runs_what_is_not(

@@ -253,7 +253,7 @@ def work_on_results(what: str, names: list[Path], recipe: BenchRecipe) -> None:
     from geopose_dist.bench import compare, plot, tables
 
     if what == "plot":
-        plot.run(names, recipe.out)
+        plot.run(names, recipe.out, recipe.format)
     elif what == "tables":
         if names:
             raise UserError(f"bench tables takes no files, got {names[0]}; --page names the page")

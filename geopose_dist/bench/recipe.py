@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import yaml
 
@@ -116,7 +116,9 @@ class BenchRecipe:
     tiles: int = 5923
     """Tiles of the epoch whose length is told; the challenge's training set has 5,923."""
     out: Path | None = None
-    """Figure that plot draws: .png, .pdf or .svg."""
+    """Figure that plot draws: .png, .pdf or .svg, or a page: .html; with --format a folder."""
+    format: Literal["png", "pdf"] | None = None
+    """With plot: each figure as a file of its own, fit for a paper."""
     page: Path = Path("PERFORMANCE.md")
     """Page whose tables are made by tables."""
     check: bool = False

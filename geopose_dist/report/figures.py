@@ -132,6 +132,7 @@ def chart(
     title: str,
     x_label: str,
     y_label: str,
+    log_x: bool = False,
     log_y: bool = False,
     y_floor: float | None = None,
 ) -> Plot:
@@ -142,6 +143,7 @@ def chart(
         title: what the figure shows.
         x_label: name and unit of x.
         y_label: name and unit of y.
+        log_x: x axis by powers of two.
         log_y: logarithmic y axis.
         y_floor: the y axis does not reach below this, however low the curves go.
     """
@@ -157,6 +159,8 @@ def chart(
                 label=plain(line.name, 24),
                 marker="o" if line.marked or len(x) == 1 else None,
             )
+        if log_x:
+            axes.set_xscale("log", base=2)
         if log_y:
             axes.set_yscale("log")
         if y_floor is not None and axes.get_ylim()[0] < y_floor:

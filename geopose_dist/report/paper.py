@@ -71,6 +71,7 @@ class Folder:
         # No dates: the same data give the same bytes.
         facts: dict[str, Any] = {"CreationDate": None} if self.kind == "pdf" else {"Software": None}
         data = io.BytesIO()
+        figure.patch.set_alpha(1)  # a page shines through, paper does not
         with _rules():
             figure.savefig(data, format=self.kind, dpi=DPI, metadata=facts, facecolor="white")
         files.write_bytes(path, data.getvalue())
@@ -105,9 +106,9 @@ def _row_figure(row: Row) -> Figure:
     columns = 3 if len(pictures) % 3 == 0 else 4
     lines = -(-len(pictures) // columns)
     high, wide = pictures[0][0].shape[:2]
-    # 0.4 inches for two lines of caption, as much for the bars with their numbers and names.
-    heights = [*[PAGE_IN / columns * high / wide + 0.4] * lines, 0.12]
-    figure = Figure(figsize=(PAGE_IN, sum(heights) + 0.5), layout="constrained")
+    # Captions need some room above the pictures, bars with their numbers and names below.
+    heights = [*[PAGE_IN / columns * high / wide + 0.12] * lines, 0.12]
+    figure = Figure(figsize=(PAGE_IN, sum(heights) + 0.6), layout="constrained")
     grid = figure.add_gridspec(lines + 1, 12, height_ratios=heights)
     span = 12 // columns
     for number, (image, caption) in enumerate(pictures):
