@@ -9,5 +9,18 @@ set -euo pipefail
 . "$(dirname "$0")/common.sh"
 
 HEAD=${1:-${HEAD:?is not set: launch/ray/start-worker.sh HEAD}}
-[ -n "${DRY_RUN:-}" ] || want_token
+if [ -z "${DRY_RUN:-}" ]; then
+  want_token
+  # `ray start` gives up soon; a head that is still in a queue or pulls its image is waited for.
+  told=
+  until timeout 5 bash -c ": >/dev/tcp/$HEAD/$PORT" 2>/dev/null; do
+    if [ "$SECONDS" -ge "${MEET_TIMEOUT:-900}" ]; then
+      echo "launch/ray/start-worker.sh: nobody answers at $HEAD:$PORT, ${MEET_TIMEOUT:-900} s long; is the head started?" >&2
+      exit 1
+    fi
+    [ -n "$told" ] || echo "launch/ray/start-worker.sh: nobody answers at $HEAD:$PORT yet; waiting" >&2
+    told=yes
+    sleep 1
+  done
+fi
 start_ray --address "$HEAD:$PORT"
