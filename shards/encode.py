@@ -16,6 +16,7 @@ from geopose_dist.data import codecs, resample
 from geopose_dist.data.sample import TileFacts
 from geopose_dist.data.tile import tallest_m, unknown_px
 from geopose_dist.errors import UserError
+from geopose_dist.geometry import F32
 from shards import layouts, wavelet
 from shards.layouts import Tile
 from shards.tallies import Tally, of_tile
@@ -93,6 +94,17 @@ def _encode(job: Job) -> Sample:
         )
     if agl_m is not None and job.crop:
         agl_m = np.ascontiguousarray(agl_m[: rows // factor * factor, : columns // factor * factor])
+    return _stored(job, rgb, agl_m, pose)
+
+
+def sample_of(job: Job, rgb: U8, agl_m: F32 | None, pose: tuple[float, float] | None) -> Sample:
+    """The sample of a tile that is in memory, uint8 [H, W, 3] and its labels at full size, instead of in files."""
+    return _stored(job, resample.reduce_rgb(rgb, job.reduce), agl_m, pose)
+
+
+def _stored(job: Job, rgb: U8, agl_m: F32 | None, pose: tuple[float, float] | None) -> Sample:
+    """The sample of reduced pixels and labels at full size."""
+    tile, factor = job.tile, job.reduce
     rgb_member = f"rgb.{codecs.by_name(codecs.RGB_CODECS, job.rgb_codec).extension}"
     members = {rgb_member: codecs.encode_rgb(job.rgb_codec, rgb)}
     agl_cm, tallest, unknown = None, None, None

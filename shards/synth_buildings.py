@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from typing import ParamSpec
 
 import numpy as np
 
@@ -10,6 +13,7 @@ from shards.synth_city import BLANK, CURTAIN, HOUSE, MINERAL, PUNCHED, RIBBON, R
 from shards.synth_streets import Box, Site, jittered
 
 Generator = np.random.Generator
+P = ParamSpec("P")
 
 WALLS: tuple[Rgb, ...] = (
     (206, 196, 178),
@@ -54,11 +58,25 @@ CONTAINERS: tuple[Rgb, ...] = (
 )
 
 
+def standing(draw: Callable[P, None]) -> Callable[P, None]:
+    """Make what a function of (site, x, y, ...) draws one building, level, with a number of its own."""
+
+    @functools.wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> None:
+        site, x, y = args[:3]
+        assert isinstance(site, Site)
+        with site.plan.building(float(x), float(y)):  # type: ignore[arg-type]
+            draw(*args, **kwargs)
+
+    return drawn
+
+
 def pick(colours: tuple[Rgb, ...], rng: Generator) -> Rgb:
     """One of the colours, a little off."""
     return jittered(colours[int(rng.integers(len(colours)))], rng, 8)
 
 
+@standing
 def flat_building(
     site: Site,
     x: float,
@@ -84,7 +102,7 @@ def flat_building(
     glass = float(rng.uniform(0.5, 1.5))
     roof = pick(FLAT_ROOFS, rng)
     rim = site.plan.thing(jittered((200, 198, 192), rng), glass=glass, **looks)  # type: ignore[arg-type]
-    flat = site.plan.thing(roof, glass=glass, grain=0.05, patch=0.16, **looks)  # type: ignore[arg-type]
+    flat = site.plan.thing(roof, glass=glass, grain=0.03, patch=0.18, **looks)  # type: ignore[arg-type]
     site.plan.box(x, y, a, b, turn, height, rim)
     if a > 2 and b > 2:
         site.plan.box(x, y, a - 0.45, b - 0.45, turn, max(height - 0.7, 0.5), flat)
@@ -92,6 +110,7 @@ def flat_building(
             site.roof_things(x, y, a - 1, b - 1, turn, height - 0.7, rng)
 
 
+@standing
 def tower(
     site: Site, x: float, y: float, a: float, b: float, turn: float, height: float, rng: Generator
 ) -> None:
@@ -109,6 +128,7 @@ def tower(
     site.plan.box(x, y, a * 0.4, b * 0.4, turn, height + 4.5, site.unit)
 
 
+@standing
 def house(
     site: Site, x: float, y: float, a: float, b: float, turn: float, rng: Generator, storeys: int = 1
 ) -> None:
@@ -122,8 +142,8 @@ def house(
         "bay": 3.2,
         "style": HOUSE,
         "material": ROOF,
-        "grain": 0.07,
-        "patch": 0.07,
+        "grain": 0.05,
+        "patch": 0.09,
     }
     eave, pitch = 2.8 * storeys + 0.2, float(rng.uniform(0.38, 0.7))
     hip = rng.random() < 0.55
@@ -137,6 +157,7 @@ def house(
         site.plan.roofed(wx, wy, b * 0.95, b * 0.6, turn + math.pi / 2, eave, pitch, hip, wing)
 
 
+@standing
 def shed(
     site: Site, x: float, y: float, a: float, b: float, turn: float, height: float, rng: Generator
 ) -> None:

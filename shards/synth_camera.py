@@ -72,12 +72,21 @@ class Camera:
         cos, sin = math.cos(self.roll), math.sin(self.roll)
         return geometry.angle_of(cos * x - sin * y, sin * x + cos * y)
 
+    def direction(self) -> tuple[float, float]:
+        """Unit vector (x, y) of the flow in the image."""
+        return geometry.direction(self.angle_rad)
+
     def flow_on_ground(self) -> tuple[float, float]:
         """Unit vector (x, y) on the ground along which the flow points."""
         return math.cos(self.azimuth), math.sin(self.azimuth)
 
-    def affine(self, size: tuple[int, int], cell_m: float, map_shape: tuple[int, int]) -> AffineCamera:
-        """The kernel's camera for an image of `size` (rows, cols) over a map whose middle is the place's origin."""
+    def affine(
+        self, size: tuple[int, int], cell_m: float, map_shape: tuple[int, int], level_m: float = 0.0
+    ) -> AffineCamera:
+        """The kernel's camera for an image of `size` (rows, cols) over a map whose middle is the place's origin.
+
+        The image's middle sees `centre_m` at `level_m` above the map's zero: the height of the ground there.
+        """
         f = np.array(self.flow_on_ground())
         squeeze = np.eye(2) - (1 - math.cos(self.zenith)) * np.outer(f, f)
         cos, sin = math.cos(self.roll), math.sin(self.roll)
@@ -85,8 +94,8 @@ class Camera:
         cell_from_pixel = np.linalg.inv(pixel_from_ground) / cell_m
         middle = np.array([(size[1] - 1) / 2, (size[0] - 1) / 2])
         origin = np.array([map_shape[1] / 2, map_shape[0] / 2]) + np.array(self.centre_m) / cell_m
-        offset = origin - cell_from_pixel @ middle
         rise = math.tan(self.zenith) / cell_m * f
+        offset = origin - cell_from_pixel @ middle - level_m * rise
         return AffineCamera(np.column_stack([cell_from_pixel, offset]), (float(rise[0]), float(rise[1])))
 
 

@@ -1,14 +1,17 @@
 """The ground plan of a synthetic place: a height map, a map of object numbers, and what each object looks like.
 
 World coordinates are metres, x east, y south, the place's middle at (0, 0). Things are drawn in painter's order:
-ground first (height 0), then buildings, then trees, which only ever raise the map. Every wall is vertical and
-every height is above the (flat) ground, so the map itself is the truth that labels are read from.
+ground first, then buildings, then trees, which only ever raise the map. Every wall is vertical; a building stands
+level on the height of the ground at its middle. The maps of the surface and of the bare ground are the truth that
+labels are read from: what is above the ground is their difference, cell by cell.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -78,23 +81,58 @@ class Plan:
     """The maps of one place, while they are being drawn and after.
 
     Attributes:
-        height: float32 [rows, cols] metres above ground.
+        height: float32 [rows, cols], the surface's metres above the map's zero, which is its lowest ground.
+        ground: float32 [rows, cols], the bare ground's; None where it is flat.
         ids: int32 [rows, cols], rows of `objects`.
+        owner: int32 [rows, cols], number of the building that is the surface there, 0 for none; None unless wanted.
         cell: side of a cell in metres.
+        side: cells along an edge of the maps.
+        soil: number of the object that shows where a building is gone.
     """
 
-    def __init__(self, reach_m: float, cell_m: float) -> None:
-        side = -(-math.ceil(2 * reach_m / cell_m) // COARSE) * COARSE
+    def __init__(self, reach_m: float, cell_m: float, *, owners: bool = False) -> None:
+        self.side = -(-math.ceil(2 * reach_m / cell_m) // COARSE) * COARSE
         self.cell = cell_m
-        self.height: F32 = np.zeros((side, side), np.float32)
-        self.ids: I32 = np.zeros((side, side), np.int32)
+        self.height: F32 = np.zeros((self.side, self.side), np.float32)
+        self.ids: I32 = np.zeros((self.side, self.side), np.int32)
+        self.ground: F32 | None = None
+        self.owner: I32 | None = np.zeros((self.side, self.side), np.int32) if owners else None
+        self.soil = 0
         self._things: list[tuple[float, ...]] = []
         self._named: dict[tuple[float, ...], int] = {}
+        self._base: float | None = None
+        self._buildings = 0
+        self._number = 0
 
-    @property
-    def side(self) -> int:
-        """Cells along an edge of the maps."""
-        return int(self.height.shape[0])
+    def raise_ground(self, ground: F32) -> None:
+        """Give the empty plan its relief: heights of the bare ground, float32 [rows, cols], of at least 0."""
+        self.ground = ground
+        self.height[:] = ground
+
+    def ground_at(self, x: float, y: float) -> float:
+        """Height of the bare ground at a point; outside, of the nearest cell."""
+        if self.ground is None:
+            return 0.0
+        row, col = (min(max(value, 0), self.side - 1) for value in self._cell(x, y))
+        return float(self.ground[row, col])
+
+    @contextlib.contextmanager
+    def building(self, x: float, y: float) -> Iterator[None]:
+        """What is drawn inside belongs to one building with its middle at (x, y), and stands level."""
+        if self._base is not None:  # a part of a building that was begun outside
+            yield
+            return
+        self._buildings += 1
+        self._base, self._number = self.ground_at(x, y), self._buildings
+        try:
+            yield
+        finally:
+            self._base, self._number = None, 0
+
+    def finish(self) -> None:
+        """After drawing: no level floor lies below the slope that it was cut into."""
+        if self.ground is not None:
+            np.maximum(self.height, self.ground, out=self.height)
 
     @property
     def half_m(self) -> float:
@@ -143,7 +181,10 @@ class Plan:
     def material_at(self, x: float, y: float) -> int:
         """Material of the cell under a point; -1 outside the map or where something stands."""
         row, col = self._cell(x, y)
-        if not (0 <= row < self.side and 0 <= col < self.side) or self.height[row, col] > 0:
+        if not (0 <= row < self.side and 0 <= col < self.side):
+            return -1
+        ground = 0.0 if self.ground is None else self.ground[row, col]
+        if self.height[row, col] > ground + 1e-3:
             return -1
         return int(self._things[self.ids[row, col]][12])
 
@@ -175,9 +216,12 @@ class Plan:
     def prism(self, points: Sequence[tuple[float, float]], height: float, thing: int) -> None:
         """Stand a flat-topped body on the ground, replacing what is there."""
         if not self.misses(points):
-            fixed = self._fixed(points)
-            cv2.fillPoly(self.ids, [fixed], thing, shift=SHIFT)
-            cv2.fillPoly(self.height, [fixed], height, shift=SHIFT)
+            fixed = [self._fixed(points)]
+            base = self.ground_at(*points[0]) if self._base is None else self._base
+            cv2.fillPoly(self.ids, fixed, thing, shift=SHIFT)
+            cv2.fillPoly(self.height, fixed, base + height, shift=SHIFT)
+            if self.owner is not None:
+                cv2.fillPoly(self.owner, fixed, self._number, shift=SHIFT)
 
     def box(self, x: float, y: float, a: float, b: float, turn: float, height: float, thing: int) -> None:
         """A flat-topped box of half sides a, b turned by `turn`."""
@@ -202,17 +246,19 @@ class Plan:
         r1, c1 = (min(self.side, value + 1) for value in self._cell(x + reach, y + reach))
         if r0 >= r1 or c0 >= c1:
             return
-        dx = (np.arange(c0, c1) + 0.5 - self.side / 2) * self.cell - x
-        dy = ((np.arange(r0, r1) + 0.5 - self.side / 2) * self.cell - y)[:, None]
-        along = a - np.abs(dx * cos + dy * sin)
-        across = b - np.abs(dy * cos - dx * sin)
-        inside = (along >= 0) & (across >= 0)
-        climb = np.minimum(across, along) if hip else across
-        roof = (eave + pitch * climb).astype(np.float32)
+        base = self.ground_at(x, y) if self._base is None else self._base
+        dx = ((np.arange(c0, c1) + 0.5 - self.side / 2) * self.cell - x).astype(np.float32)
+        dy = ((np.arange(r0, r1) + 0.5 - self.side / 2) * self.cell - y).astype(np.float32)[:, None]
+        along = np.float32(a) - np.abs(dx * np.float32(cos) + dy * np.float32(sin))
+        across = np.float32(b) - np.abs(dy * np.float32(cos) - dx * np.float32(sin))
+        least = np.minimum(across, along)
+        roof = np.float32(base + eave) + np.float32(pitch) * (least if hip else across)
         height = self.height[r0:r1, c0:c1]
-        inside &= roof > height  # where two wings meet, the upper roof shows
-        height[inside] = roof[inside]
-        self.ids[r0:r1, c0:c1][inside] = thing
+        inside = (least >= 0) & (roof > height)  # where two wings meet, the upper roof shows
+        np.copyto(height, roof, where=inside)
+        np.copyto(self.ids[r0:r1, c0:c1], thing, where=inside)
+        if self.owner is not None:
+            np.copyto(self.owner[r0:r1, c0:c1], self._number, where=inside)
 
     def tree(self, x: float, y: float, radius: float, height: float, thing: int, kind: int) -> None:
         """A crown, from the templates made once per place; it only raises the map."""
@@ -222,20 +268,47 @@ class Plan:
         if row < 0 or col < 0 or row + size > self.side or col + size > self.side:
             return
         ground = self.height[row : row + size, col : col + size]
-        crown = template * np.float32(height)
+        crown = np.where(template > 0, template * np.float32(height) + np.float32(self.ground_at(x, y)), 0)
         higher = crown > ground
-        ground[higher] = crown[higher]
-        self.ids[row : row + size, col : col + size][higher] = thing
+        np.copyto(ground, crown, where=higher)
+        np.copyto(self.ids[row : row + size, col : col + size], thing, where=higher)
+        if self.owner is not None:
+            np.copyto(self.owner[row : row + size, col : col + size], 0, where=higher)
 
     def terrain(self) -> Terrain:
         """The height map with its block maxima."""
-        return Terrain(self.height)
+        return Terrain(self.height, self.ground)
 
     def around(self) -> F32:
-        """Mean height near each 4 x 4 cells, which hides part of the sky (metres)."""
+        """Per 4 x 4 cells: the mean height around, which hides part of the sky (m), and slow patches of texture."""
+        texture = noise_texture()[..., 0]
         small = cv2.resize(self.height, None, fx=1 / AROUND, fy=1 / AROUND, interpolation=cv2.INTER_AREA)
         width = max(3, round(9.0 / (AROUND * self.cell)) | 1)
-        return np.ascontiguousarray(cv2.blur(small, (width, width)), np.float32)
+        around = cv2.blur(small, (width, width))
+        patches = np.zeros(small.shape, np.float32)
+        for cells, corner in ((16.4, 0), (81.3, 37)):  # a point of the texture to so many cells
+            count = math.ceil(self.side / cells) + 2
+            points = texture[corner : corner + count, corner : corner + count]
+            if len(points) < count:
+                points = np.pad(points, (0, count - len(points)), mode="wrap")
+            side = round(count * cells / AROUND)
+            patches += cv2.resize(points, (side, side))[: len(small), : len(small)]
+        return np.ascontiguousarray(np.stack([around, patches], axis=-1), np.float32)
+
+
+@functools.cache
+def noise_texture(side: int = 512) -> F32:
+    """Two periodic textures side by side, [side, side, 2], of mean 0 and deviation 1: cell by cell a little smoother
+    than white, and the same at 2.7 cells a point."""
+    white = np.random.Generator(np.random.Philox(np.random.SeedSequence([20, 22]))).standard_normal(
+        (side, side), np.float32
+    )
+    soft = white + 0.5 * (np.roll(white, 1, 0) + np.roll(white, 1, 1))
+    soft = (soft - soft.mean()) / soft.std()
+    points = round(side / 2.7)
+    wrapped = np.pad(soft[:points, :points], (0, 2), mode="wrap")
+    coarse = cv2.resize(wrapped, None, fx=side / points, fy=side / points)[:side, :side]
+    return np.ascontiguousarray(np.stack([soft, coarse], axis=-1), np.float32)
 
 
 _CROWNS: dict[tuple[int, int], F32] = {}

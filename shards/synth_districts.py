@@ -23,6 +23,7 @@ from shards.synth_city import (
     Plan,
     rectangle,
 )
+from shards.synth_relief import hills
 from shards.synth_streets import (
     Box,
     Site,
@@ -41,7 +42,7 @@ Generator = np.random.Generator
 @dataclass(frozen=True)
 class Kind:
     """How a city is laid out: cell (m), tallest body (m), street pitch (m), grid wobble, avenues,
-    bend (m), share of places with a river."""
+    bend (m), share of places with a river, relief: most metres above and below the mean."""
 
     cell_m: float
     tallest_m: float
@@ -50,6 +51,7 @@ class Kind:
     wide: int
     bend_m: float
     river: float
+    relief_m: float
     fill: Callable[[Site, Box, Generator], None]
 
 
@@ -86,7 +88,10 @@ def _arg_lot(site: Site, x0: float, x1: float, front: float, back: float, rng: G
 
     def body(near: float, far: float, left: float, right: float, height: float) -> None:
         x, y = frame.world((left + right) / 2, front + inward * (near + far) / 2)
-        a, b = (right - left) / 2, (far - near) / 2
+        with site.plan.building(x, y):
+            shaped(x, y, (right - left) / 2, (far - near) / 2, height)
+
+    def shaped(x: float, y: float, a: float, b: float, height: float) -> None:
         draw = rng.random()
         if height < 8 and draw < 0.30:
             looks = {
@@ -110,7 +115,7 @@ def _arg_lot(site: Site, x0: float, x1: float, front: float, back: float, rng: G
     house_depth = min(float(rng.uniform(14, 30)), depth - 4)
     if rng.random() < 0.03 and x1 - x0 > 10:
         x, y = frame.world((x0 + x1) / 2, front + inward * 12)
-        tower(site, x, y, (x1 - x0) / 2, 10, turn, float(np.clip(rng.gamma(4, 8), 18, 75)), rng)
+        tower(site, x, y, (x1 - x0) / 2, 10, turn, min(max(float(rng.gamma(4, 8)), 18.0), 75.0), rng)
         return
     storeys = int(rng.choice([1, 2, 3, 4], p=[0.38, 0.42, 0.15, 0.05]))
     set_back = float(rng.uniform(2, 5)) if rng.random() < 0.3 else 0.0
@@ -186,7 +191,7 @@ def _atl_lot(site: Site, box: Box, turn: float, rng: Generator) -> None:
     a, b = (x1 - x0) / 2, (y1 - y0) / 2
     draw = rng.random()
     if draw < 0.27:
-        height = float(np.clip(rng.gamma(2.0, 20) + 22, 26, 165))
+        height = min(max(float(rng.gamma(2.0, 20)) + 22, 26.0), 165.0)
         tower(site, x, y, a * rng.uniform(0.6, 0.95), b * rng.uniform(0.6, 0.95), turn, height, rng)
     elif draw < 0.58:
         flat_building(
@@ -204,7 +209,8 @@ def _atl_lot(site: Site, box: Box, turn: float, rng: Generator) -> None:
             material=ROOF,
             patch=0.12,
         )
-        site.plan.box(x, y, a * 0.9, b * 0.9, turn, high, deck)
+        with site.plan.building(x, y):
+            site.plan.box(x, y, a * 0.9, b * 0.9, turn, high, deck)
     elif draw < 0.84:
         site.car_park(box, rng, float(rng.uniform(0.3, 0.9)))
     else:
@@ -347,21 +353,27 @@ def oma_block(site: Site, box: Box, rng: Generator) -> None:
 
 
 KINDS = {
-    "ARG": Kind(0.26, 96.0, (112.0, 96.0), 0.06, 5, 0.0, 0.10, arg_block),
-    "ATL": Kind(0.38, 196.0, (128.0, 112.0), 0.12, 3, 0.0, 0.0, atl_block),
-    "JAX": Kind(0.26, 40.0, (170.0, 74.0), 0.10, 4, 22.0, 0.30, jax_block),
-    "OMA": Kind(0.26, 60.0, (150.0, 104.0), 0.10, 3, 0.0, 0.12, oma_block),
+    "ARG": Kind(0.26, 96.0, (112.0, 96.0), 0.06, 5, 0.0, 0.10, 2.0, arg_block),
+    "ATL": Kind(0.38, 196.0, (128.0, 112.0), 0.12, 3, 0.0, 0.0, 16.0, atl_block),
+    "JAX": Kind(0.26, 40.0, (170.0, 74.0), 0.10, 4, 22.0, 0.30, 3.0, jax_block),
+    "OMA": Kind(0.26, 60.0, (150.0, 104.0), 0.10, 3, 0.0, 0.12, 18.0, oma_block),
 }
 
 
-def build(city: str, size: int, seed: int, place: int) -> Plan:
-    """The ground plan of a place, large enough for every view of tiles of `size` pixels."""
+def build(city: str, size: int, seed: int, place: int, *, relief: float = 0.0, owners: bool = False) -> Plan:
+    """The ground plan of a place, large enough for every view of tiles of `size` pixels.
+
+    `relief` multiplies the city's own hills; with `owners`, every cell knows its building.
+    """
     kind = KINDS[city]
     rng = keyed(seed, place, 1)
     turn, phase = float(rng.uniform(-0.6, 0.6)), float(rng.uniform(0, 6.28))
     greenness = float(rng.uniform(0.15, 0.75))
     shift = (float(rng.uniform(-1.5, 1.5)) * min(kind.pitch), float(rng.uniform(-1.5, 1.5)) * min(kind.pitch))
-    plan = Plan(ground_reach_m(city, size, kind.tallest_m), kind.cell_m)
+    height_m = relief * kind.relief_m
+    plan = Plan(ground_reach_m(city, size, kind.tallest_m + 2 * height_m), kind.cell_m, owners=owners)
+    if relief > 0:
+        plan.raise_ground(hills(plan.side, plan.cell, height_m, keyed(seed, place, 7)))
     site = Site(plan, Frame(turn, kind.bend_m, phase=phase, shift=shift), rng, greenness)
     river = int(rng.integers(-1, 2)) if rng.random() < kind.river else None
     for i, j, box in blocks(site, kind.pitch, kind.wobble, kind.wide):
@@ -369,7 +381,9 @@ def build(city: str, size: int, seed: int, place: int) -> Plan:
             waterway(site, box, (i % kind.wide == 0, (i + 1) % kind.wide == 0), keyed(seed, place, 2, i, j))
         else:
             kind.fill(site, box, keyed(seed, place, 2, i, j))
-    assert plan.height.max() <= kind.tallest_m, f"{city} place {place} is {plan.height.max()} m tall"
+    plan.finish()
+    tallest = float((plan.height if plan.ground is None else plan.height - plan.ground).max())
+    assert tallest <= kind.tallest_m + 2 * height_m, f"{city} place {place} is {tallest} m tall"
     return plan
 
 

@@ -5,7 +5,6 @@ The sun's place in the sky is drawn apart from the camera's, so that no network 
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -13,10 +12,10 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from geopose_dist.kernels.render import Light, Picture, Terrain, render
+from geopose_dist.kernels import sensor
+from geopose_dist.kernels.render import Light, Looks, Picture, Terrain, render, shadow_heights
 from shards.synth_camera import Camera
-from shards.synth_city import DECIDUOUS, EVERGREEN, GRASS, SOIL, WATER, Plan
-from shards.synth_districts import keyed
+from shards.synth_city import DECIDUOUS, EVERGREEN, GRASS, SOIL, WATER, Plan, noise_texture
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
@@ -27,6 +26,8 @@ NO_DATA_SHARE = {"ARG": 0.21, "ATL": 0.002, "JAX": 0.04, "OMA": 0.015}
 """Mean share of pixels without height, from the challenge's tiles (DOMAIN section 2)."""
 MATERIALS = 7
 HOLE_CELLS = 6
+TONES = 4096
+"""Steps of the curve from radiance to grey, from black to white."""
 
 
 @dataclass(frozen=True)
@@ -71,56 +72,52 @@ def draw_day(city: str, rng: np.random.Generator) -> Day:
         haze=haze,
         air=(0.20, 0.23, 0.27),
         cast=(float(1 + tint[0]), float(1 + tint[1]), float(1 + tint[2])),
-        blur_px=float(rng.uniform(0.40, 0.75)),
+        blur_px=float(rng.uniform(0.48, 0.85)),
         noise=float(rng.uniform(0.8, 2.2)),
         gamma=float(rng.uniform(0.46, 0.56)),
     )
 
 
-@functools.cache
-def noise_texture(side: int = 512) -> F32:
-    """A periodic texture with mean 0 and deviation 1, a little smoother than white."""
-    white = keyed(20, 22).standard_normal((side, side), np.float32)
-    soft = white + 0.5 * (np.roll(white, 1, 0) + np.roll(white, 1, 1))
-    return np.ascontiguousarray((soft - soft.mean()) / soft.std(), np.float32)
+def looks_of(plan: Plan, terrain: Terrain, near: F32, day: Day, memory: F32 | None = None) -> Looks:
+    """A place as a day paints it; its shadows are cast here, into `memory` if given."""
+    shade = shadow_heights(terrain, day.light, plan.cell, memory)
+    return Looks(plan.ids, plan.objects(), day.gains, near, noise_texture(), shade, day.light, plan.cell)
 
 
-def take_picture(plan: Plan, terrain: Terrain, around: F32, camera: Camera, day: Day, size: int) -> Picture:
+def take_picture(plan: Plan, terrain: Terrain, near: F32, camera: Camera, day: Day, size: int) -> Picture:
     """Radiance and truth of a view of `size` x `size` pixels."""
-    affine = camera.affine((size, size), plan.cell, plan.height.shape)
-    return render(
-        terrain,
-        plan.ids,
-        plan.objects(),
-        day.gains,
-        around,
-        noise_texture(),
-        affine,
-        day.light,
-        plan.cell,
-        size,
-        size,
+    affine = camera.affine((size, size), plan.cell, plan.height.shape, plan.ground_at(0.0, 0.0))
+    return render(terrain, looks_of(plan, terrain, near, day), affine, size, size)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """From radiance to grey: (radiance * gain + offset) by band is a place on the curve `tone`, rounded down."""
+
+    gain: tuple[float, ...]
+    offset: tuple[float, ...]
+    tone: F32
+
+
+def stretch_of(image: F32, day: Day) -> Stretch:
+    """A day's haze and cast, and one stretch for all bands, as a provider's true-colour product has."""
+    gain = np.array(day.cast) * (1 - day.haze)
+    offset = np.array(day.cast) * np.array(day.air) * day.haze
+    low, high = (float(v) for v in np.percentile(image[::7, ::7] * gain + offset, (0.3, 99.4)))
+    low *= 0.75  # the darkest shadows stay off zero
+    steps = TONES / max(high - low, 1e-3)
+    tone = 245 * (np.arange(round(1.3 * TONES) + 1) / TONES) ** day.gamma
+    return Stretch(tuple(gain * steps), tuple((offset - low) * steps), tone.astype(np.float32))
+
+
+def develop(radiance: F32, day: Day, rng: np.random.Generator, stretch: Stretch | None = None) -> U8:
+    """The 8-bit image of a radiance: haze, cast, blur, stretch (its own unless given), noise."""
+    image = np.asarray(
+        cv2.GaussianBlur(radiance, (5, 5), day.blur_px, borderType=cv2.BORDER_REFLECT_101), np.float32
     )
-
-
-def develop(radiance: F32, day: Day, rng: np.random.Generator) -> U8:
-    """The 8-bit image of a radiance: haze, cast, blur, stretch, noise."""
-    image = radiance * np.float32(1 - day.haze)
-    image += np.array(day.air, np.float32) * np.float32(day.haze)
-    image *= np.array(day.cast, np.float32)
-    cv2.GaussianBlur(image, (5, 5), day.blur_px, dst=image, borderType=cv2.BORDER_REFLECT_101)
-    # One stretch for all bands, as a provider's true-colour product has; the darkest shadows stay off zero.
-    sample = image[::7, ::7]
-    low, high = (float(v) for v in np.percentile(sample, (0.3, 99.4)))
-    low *= 0.75
-    image -= np.float32(low)
-    image /= np.float32(max(high - low, 1e-3))
-    np.clip(image, 0, 1.3, out=image)
-    cv2.pow(image, day.gamma, dst=image)
-    image *= 245
-    image += np.float32(day.noise) * rng.standard_normal(image.shape, np.float32)
-    pixels: U8 = np.clip(np.rint(image), 0, 255).astype(np.uint8)
-    return pixels
+    stretch = stretch or stretch_of(image, day)
+    seed = int(rng.integers(1 << 32))
+    return sensor.develop(image, stretch.gain, stretch.offset, stretch.tone, day.noise, seed)
 
 
 @dataclass(frozen=True)
@@ -156,16 +153,25 @@ def draw_holes(city: str, plan: Plan, size: int, rng: np.random.Generator) -> Ho
     return Holes(mask, mean > 0.01 and rng.random() < 0.2)
 
 
+def wall_gaps(city: str) -> float:
+    """Share of a wall's pixels without height: a nadir-looking lidar meets walls now and then only."""
+    return 0.25 * NO_DATA_SHARE.get(city, 0.02)
+
+
 def label_cm(
-    picture: Picture, plan: Plan, holes: Holes, city: str, rng: np.random.Generator
+    picture: Picture,
+    plan: Plan,
+    holes: Holes,
+    gaps: float,
+    speckle: float,
+    rng: np.random.Generator,
 ) -> npt.NDArray[np.uint16]:
-    """Heights as a label file holds them: uint16 cm, 65535 where the lidar has no data."""
-    cm = np.rint(picture.agl_m * 100).astype(np.uint16)
+    """Heights as a label file holds them: uint16 cm, 65535 where the lidar has no data.
+
+    `gaps` and `speckle` are shares of the pixels of walls and of all pixels.
+    """
+    water = plan.objects()[:, 12] == WATER
     step = -(-plan.side // holes.mask.shape[0])
-    hole = holes.mask[(picture.row / step).astype(np.intp), (picture.col / step).astype(np.intp)] > 0
-    if holes.water:
-        hole |= (plan.objects()[:, 12] == WATER)[picture.seen]
-    # A nadir-looking lidar meets walls now and then only.
-    hole |= (picture.kind == 1) & (rng.random(cm.shape, np.float32) < 0.25 * NO_DATA_SHARE.get(city, 0.02))
-    cm[hole] = 65535
-    return cm
+    seed = int(rng.integers(1 << 32))
+    gone = (water & holes.water).astype(np.uint8)
+    return sensor.label(picture, holes.mask, step, gone, gaps, speckle, seed)

@@ -37,7 +37,7 @@ CAR_COLOURS: tuple[Rgb, ...] = (
 def jittered(rgb: Rgb, rng: np.random.Generator, amount: float = 10.0) -> Rgb:
     """A colour near another: brightness moves more than hue, in steps of 4 so that the object table stays short."""
     shift = rng.normal(0, amount)
-    r, g, b = (float(np.clip(4 * round((v + shift + rng.normal(0, amount / 4)) / 4), 8, 250)) for v in rgb)
+    r, g, b = (float(min(max(4 * round((v + shift + rng.normal(0, amount / 4)) / 4), 8), 250)) for v in rgb)
     return r, g, b
 
 
@@ -66,10 +66,10 @@ class Site:
         self.water = plan.thing(jittered((46, 62, 62), rng, 5), grain=0.02, patch=0.05, material=WATER)
         self.pool = plan.thing((92, 178, 196), grain=0.03, patch=0.02, material=MINERAL)
         self.crowns = [
-            plan.thing(jittered((70, 86, 50), rng, 7), grain=0.16, patch=0.10, material=DECIDUOUS)
+            plan.thing(jittered((88, 103, 60), rng, 12), grain=0.20, patch=0.14, material=DECIDUOUS)
             for _ in range(5)
         ] + [
-            plan.thing(jittered((52, 70, 46), rng, 5), grain=0.16, patch=0.08, material=EVERGREEN)
+            plan.thing(jittered((64, 82, 55), rng, 8), grain=0.18, patch=0.10, material=EVERGREEN)
             for _ in range(3)
         ]
         self.cars = [
@@ -78,6 +78,7 @@ class Site:
         ]
         self.screen = plan.thing((44, 50, 58), grain=0.02, patch=0.0)
         self.unit = plan.thing((172, 174, 174), grain=0.04, patch=0.0, material=ROOF)
+        plan.soil = self.soil
         self.unit_dark = plan.thing((104, 106, 108), grain=0.04, patch=0.0, material=ROOF)
 
     def ground(self, box: Box, thing: int) -> None:
@@ -88,8 +89,8 @@ class Site:
         self, x: float, y: float, rng: np.random.Generator, tall: float, evergreen: float = 0.25
     ) -> None:
         """A tree at a world position, if the ground is open there; `tall` is its usual height."""
-        height = float(np.clip(rng.normal(tall, 0.25 * tall), 2.0, 28.0))
-        radius = float(np.clip(height * rng.uniform(0.26, 0.46), 1.0, 7.0))
+        height = min(max(float(rng.normal(tall, 0.25 * tall)), 2.0), 28.0)
+        radius = min(max(height * float(rng.uniform(0.26, 0.46)), 1.0), 7.0)
         first = 5 if rng.random() < evergreen else 0
         thing = self.crowns[first + int(rng.integers(3 if first else 5))]
         kind = int(rng.integers(8))

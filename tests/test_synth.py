@@ -17,8 +17,9 @@ import tifffile
 from geopose_dist import geometry
 from geopose_dist.cli import main
 from geopose_dist.errors import UserError
-from shards import synth, synth_camera, synth_districts, synth_look, synth_tiles
+from shards import synth, synth_camera, synth_look, synth_scene, synth_tiles
 from shards.synth_districts import keyed
+from shards.synth_faults import FaultRecipe
 
 SMALL = {"places": 4, "views": 2, "size": 96, "seed": 3}
 
@@ -230,7 +231,8 @@ def test_two_views_of_a_place_agree_on_the_ground(dataset: Path) -> None:
         agl = geometry.agl_m_from_cm(tifffile.imread(dataset / tile.targets()["agl"]))
         pose = json.loads((dataset / tile.targets()["json"]).read_text())
         camera = synth_tiles.view_camera(tile.city, 96, 3, tile.place, tile.view)
-        affine = camera.affine((96, 96), 1.0, (0, 0))  # metres from the place's middle
+        # Metres from the place's middle, on the plane of its ground: the hills rise little within these 30 m.
+        affine = camera.affine((96, 96), 1.0, (0, 0))
         dx, dy = geometry.flow_xy(agl, geometry.px_per_m(pose["scale"]), pose["angle"])
         y, x = np.mgrid[0:96, 0:96]
         east, south = affine.cells(x + dx, y + dy, 0.0)
@@ -246,21 +248,37 @@ def test_two_views_of_a_place_agree_on_the_ground(dataset: Path) -> None:
 
 
 def test_holes_stay_where_the_lidar_missed() -> None:
-    plan = synth_districts.build("ARG", 128, seed=2, place=0)
-    holes = synth_look.draw_holes("ARG", plan, 128, keyed(1))
+    scene = synth_scene.build("ARG", 128, 2, 0)
     day = synth_look.draw_day("ARG", keyed(1))
     for view in range(2):
         camera = synth_camera.draw_camera("ARG", 128, keyed(4, view))
-        picture = synth_look.take_picture(plan, plan.terrain(), plan.around(), camera, day, 128)
-        everywhere = synth_look.label_cm(
-            picture, plan, synth_look.Holes(np.ones_like(holes.mask), False), "ARG", keyed(2)
-        )
-        nowhere = synth_look.label_cm(
-            picture, plan, synth_look.Holes(np.zeros_like(holes.mask), False), "flat", keyed(2)
-        )
-        assert (everywhere == geometry.NO_DATA_CM).all()
-        tops = picture.kind == 0
-        assert np.array_equal(nowhere[tops], np.rint(picture.agl_m * 100)[tops])
+        picture = scene.picture(camera, scene.looks(day))
+        scene.holes = synth_look.Holes(np.ones_like(scene.holes.mask), False)
+        scene.faults = FaultRecipe()
+        assert (scene.label_cm(camera, picture, keyed(2)) == geometry.NO_DATA_CM).all()
+        scene.faults = FaultRecipe(holes=False)
+        cm = scene.label_cm(camera, picture, keyed(2))
+        assert np.abs(cm - picture.agl_m * 100.0).max() <= 0.51
+        scene.faults = FaultRecipe(holes=False, speckle=0.02)
+        gaps = scene.label_cm(camera, picture, keyed(2)) == geometry.NO_DATA_CM
+        assert gaps.mean() == pytest.approx(0.02, abs=0.005)
+        assert np.mean(gaps[1:] & gaps[:-1]) < 0.002  # single pixels
+
+
+def test_years_between_lidar_and_image_are_whole_buildings() -> None:
+    scene = synth_scene.build("JAX", 192, 2, 1, faults=FaultRecipe(holes=False, date=0.6), owners=True)
+    same = synth_scene.build("JAX", 192, 2, 1, owners=True)
+    owner, before, now = same.plan.owner, scene.lidar.height, scene.terrain.height
+    assert owner is not None
+    changed = {n: (before != now)[owner == n].mean() for n in range(1, owner.max() + 1) if (owner == n).any()}
+    assert set(changed.values()) <= {0.0, 1.0}
+    assert 0.3 < np.mean(list(changed.values())) < 0.9
+    assert np.array_equal(before[owner == 0], now[owner == 0])
+    assert {bool((now > before).any()), bool((now < before).any())} == {True}  # both came and went
+    camera, day = synth_camera.draw_camera("JAX", 192, keyed(4)), synth_look.draw_day("JAX", keyed(1))
+    picture = scene.picture(camera, scene.looks(day))
+    cm = scene.label_cm(camera, picture, keyed(2))
+    assert np.mean(np.abs(cm / 100 - picture.agl_m) > 1.5) > 0.02
 
 
 def test_cameras_follow_each_citys_ranges() -> None:
@@ -310,12 +328,10 @@ def test_heights_resemble_each_city(
     """Bounds around DOMAIN section 2's mean, median, upper quartile, maximum (cm) and no-data share."""
     size, heights, holes = 640, [], []
     for place in range(10):
-        plan = synth_districts.build(city, size, 5, place)
-        hole = synth_look.draw_holes(city, plan, size, keyed(5, place, 4))
+        scene = synth_scene.build(city, size, 5, place, relief=1.0)
         camera = synth_camera.draw_camera(city, size, keyed(5, place, 6, 0))
-        day = synth_look.draw_day(city, keyed(1))
-        picture = synth_look.take_picture(plan, plan.terrain(), plan.around(), camera, day, size)
-        cm = synth_look.label_cm(picture, plan, hole, city, keyed(2))
+        picture = scene.picture(camera, scene.looks(synth_look.draw_day(city, keyed(1))))
+        cm = scene.label_cm(camera, picture, keyed(2, place))
         known = cm != geometry.NO_DATA_CM
         heights.append(cm[known])
         holes.append(1 - known.mean())

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from geopose_dist import geometry
-from geopose_dist.kernels import render
-from shards import synth_camera, synth_city, synth_districts, synth_look
+from geopose_dist.kernels import render, sensor
+from shards import synth_camera, synth_city, synth_districts, synth_look, synth_scene
 from shards.synth_districts import keyed
 
 SIZE = 192
@@ -146,13 +147,13 @@ def test_the_picture_is_lit_from_the_sun() -> None:
     affine = camera_at(28, 0).affine(
         (SIZE, SIZE), plan.cell, plan.height.shape
     )  # roofs lean west, we see east walls
-    pictures = [
-        render.render(
-            plan.terrain(), plan.ids, plan.objects(), gains, plan.around(), synth_look.noise_texture(), affine, light,
-            plan.cell, SIZE, SIZE,
-        )
-        for light in (noon(90, 40), noon(270, 40))
-    ]  # fmt: skip
+    terrain = plan.terrain()
+    pictures = []
+    for light in (noon(90, 40), noon(270, 40)):
+        shade = render.shadow_heights(terrain, light, plan.cell)
+        parts = (plan.ids, plan.objects(), gains, plan.around(), synth_city.noise_texture(), shade)
+        looks = render.Looks(*parts, light, plan.cell)
+        pictures.append(render.render(terrain, looks, affine, SIZE, SIZE))
     wall = pictures[0].kind == render.WALL
     assert pictures[0].radiance[wall].mean() > 1.8 * pictures[1].radiance[wall].mean()
     for picture in pictures:
@@ -193,11 +194,98 @@ def test_doors_refuse_what_does_not_fit() -> None:
         render.Light((1.0, 0.0, 0.0), (1, 1, 1), (1, 1, 1))
     plan, day = one_box(), synth_look.draw_day("OMA", keyed(1))
     affine = camera_at(20, 0).affine((32, 32), plan.cell, plan.height.shape)
-    rest = (day.gains, plan.around(), synth_look.noise_texture(), affine, day.light, plan.cell, 32, 32)
-    with pytest.raises(ValueError, match="ids have shape"):
-        render.render(plan.terrain(), plan.ids[1:], plan.objects(), *rest)
+    terrain = plan.terrain()
+    looks = synth_look.looks_of(plan, terrain, plan.around(), day)
     with pytest.raises(ValueError, match="there are 1 objects"):
-        render.render(plan.terrain(), plan.ids, plan.objects()[:1], *rest)
+        replace(looks, objects=plan.objects()[:1])
+    with pytest.raises(ValueError, match="near has shape"):
+        replace(looks, near=looks.near[1:])
+    with pytest.raises(ValueError, match="shade has shape"):
+        replace(looks, shade=looks.shade[1:])
+    small = render.Terrain(np.zeros((400, 360), np.float32))
+    with pytest.raises(ValueError, match="ids have shape"):
+        render.render(small, looks, affine, 32, 32)
+    with pytest.raises(ValueError, match="no cell of the ground"):
+        render.Terrain(plan.height, plan.height + 1)
+
+
+@pytest.mark.parametrize("bearing", [10, 60, 115, 200, 250, 341])
+def test_shadow_heights_agree_with_their_twin_and_with_the_march(bearing: float) -> None:
+    rng = np.random.default_rng(bearing)
+    height = np.kron(rng.gamma(1.0, 3.0, (9, 8)), np.ones((5, 5))).astype(np.float32)
+    height[rng.random(height.shape) < 0.3] = 0
+    terrain, light = render.Terrain(height), replace(noon(bearing, 40), disc_rad=0.03)
+    fast, slow = (f(terrain, light, 0.5) for f in (render.shadow_heights, render.shadow_heights_slow))
+    lit = slow > -1e5  # what no shadow reaches is below any height, by how much does not matter
+    assert np.allclose(fast[lit], slow[lit], atol=1e-3)
+    assert (fast[~lit] < 0).all()
+    again = render.shadow_heights(terrain, light, 0.5, np.full(2 * height.size + 5, 7, np.float32))
+    assert np.array_equal(fast, again)
+    # The exact march knows corners where the lines of cells know cells: they differ along edges only.
+    march = render.shadow(terrain, replace(light, disc_rad=0.0), 0.5, 0.05)
+    assert np.mean((height + 0.05 > fast.mean(axis=-1)) == (march == 1)) > 0.93
+
+
+@pytest.mark.parametrize(
+    ("disc", "cells"), [(0.03, 15 / math.sin(math.radians(30)) ** 2 * 0.03 / 0.25), (0.0, 0.0)]
+)
+def test_shadows_fade_over_what_the_suns_disc_makes_of_their_length(disc: float, cells: float) -> None:
+    plan = one_box(height=15.0)
+    shade = render.shadow_heights(plan.terrain(), replace(noon(90, 30), disc_rad=disc), plan.cell)
+    # Along the middle row, west of the box: its shadow ends 15 / tan(30) m from the wall.
+    row = shade[plan.side // 2, : plan.side // 2 - 45]
+    faded = np.flatnonzero((row[:, 0] > 0) & (row[:, 1] < 0))
+    assert len(faded) == pytest.approx(cells, abs=1.1)
+
+
+@pytest.mark.parametrize("city", ["OMA", "ATL"])
+def test_on_hills_the_flow_ends_on_the_ground_below_what_is_seen(city: str) -> None:
+    """Both maps are known: the pixel moved by its label shows, on the bare hills, the cell that it saw before."""
+    scene = synth_scene.build(city, SIZE, 3, 1, relief=2.0)
+    assert scene.plan.ground is not None
+    assert np.ptp(scene.plan.ground) > 4
+    camera = synth_camera.draw_camera(city, SIZE, keyed(12, 1))
+    affine = scene.affine(camera)
+    agl, row, col, kind = render.trace(scene.terrain, affine, SIZE, SIZE)
+    rows, cols = row.astype(int), col.astype(int)
+    inside = (kind == render.TOP) & (np.abs(row % 1 - 0.5) < 0.49) & (np.abs(col % 1 - 0.5) < 0.49)
+    above = scene.plan.height - scene.plan.ground
+    assert np.allclose(above[rows, cols][inside], agl[inside], atol=1e-3)
+    # A level roof over a slope has heights above ground that vary: the labels tell them cell by cell.
+    y, x = np.mgrid[0:SIZE, 0:SIZE]
+    dx, dy = geometry.flow_xy(agl, camera.scale_px_per_m, camera.angle_rad)
+    at_col, at_row = affine.cells(x + dx, y + dy, scene.plan.ground[rows, cols])
+    error_px = np.hypot(at_col - col, at_row - row) * scene.plan.cell / camera.gsd_m
+    assert np.median(error_px) < 0.5
+    assert error_px.max() < 0.5
+    # The middle of the picture stays where it is, however high the ground is there.
+    assert (
+        abs(
+            affine.cells(np.array(SIZE / 2), np.array(SIZE / 2), scene.plan.ground_at(0, 0))[0]
+            - scene.plan.side / 2
+        )
+        < 30
+    )
+
+
+def test_finishing_agrees_with_its_slow_twins() -> None:
+    rng = np.random.default_rng(5)
+    image = rng.gamma(2, 0.2, (40, 31, 3)).astype(np.float32)
+    tone = (245 * np.linspace(0, 1.3, 131) ** 0.5).astype(np.float32)
+    args = (image, (100.0, 90.0, 80.0), (-2.0, 3.0, 0.5), tone, 1.5, 77)
+    assert np.abs(sensor.develop(*args).astype(int) - sensor.develop_slow(*args)).max() <= 1
+    assert np.mean(sensor.develop(*args) == sensor.develop_slow(*args)) > 0.999
+    noise = sensor.develop(np.full((256, 256, 3), 0.5, np.float32), *args[1:4], 2.0, 3).astype(float)
+    assert noise.std(axis=(0, 1)) == pytest.approx([2.02] * 3, rel=0.03)
+    assert abs(np.corrcoef(noise[..., 0].ravel(), noise[..., 1].ravel())[0, 1]) < 0.02
+    scene = synth_scene.build("ARG", 96, 2, 0)
+    day, camera = synth_look.draw_day("ARG", keyed(1)), synth_camera.draw_camera("ARG", 96, keyed(2))
+    picture = scene.picture(camera, scene.looks(day))
+    gone = (rng.random(len(scene.plan.objects())) < 0.1).astype(np.uint8)
+    label = (picture, scene.holes.mask, 6.0, gone, 0.3, 0.05, 9)
+    assert np.array_equal(sensor.label(*label), sensor.label_slow(*label))
+    with pytest.raises(ValueError, match="speckle is 1"):
+        sensor.label(*label[:5], 1.0)
 
 
 def test_what_stands_in_the_middle_does_not_depend_on_the_size() -> None:
