@@ -101,7 +101,7 @@ def test_every_label_is_opened_once_and_images_only_for_examples(tmp_path: Path)
 
 def test_a_plain_folder_in_metres_is_judged_by_what_is_read_anyway(tmp_path: Path) -> None:
     """Units are told by the kind of numbers, and where there are none by the size of the scale."""
-    from geopose_dist.report.explore import look
+    from geopose_dist.report.dataset_sums import look
     from shards import layouts
 
     rgb, agl_cm, scale, angle = tiles.make_tile(1)

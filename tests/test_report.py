@@ -19,7 +19,7 @@ from geopose_dist import cli, geometry
 from geopose_dist.evaluate import pictures
 from geopose_dist.evaluate import predictions as challenge
 from geopose_dist.geometry import Pose
-from geopose_dist.report import explore, figures, page, panels, run_page, tiles
+from geopose_dist.report import dataset_sums, figures, page, panels, run_page, tiles
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
@@ -248,10 +248,10 @@ def test_exploring_a_damaged_dataset_names_the_file(
 
 def test_quantiles_are_right_to_a_decimetre() -> None:
     heights = np.random.Generator(np.random.Philox(2)).gamma(1.0, 8.0, 10_000)
-    counts = np.bincount((heights * explore.BINS_PER_M).astype(int), minlength=explore.BINS)
+    counts = np.bincount((heights * dataset_sums.BINS_PER_M).astype(int), minlength=dataset_sums.BINS)
     for share in (0.1, 0.5, 0.9):
-        assert explore.quantile_m(counts, share) == pytest.approx(np.quantile(heights, share), abs=0.06)
-    assert np.isnan(explore.quantile_m(np.zeros(5, np.int64), 0.5))
+        assert dataset_sums.quantile_m(counts, share) == pytest.approx(np.quantile(heights, share), abs=0.06)
+    assert np.isnan(dataset_sums.quantile_m(np.zeros(5, np.int64), 0.5))
 
 
 def test_arrows_leave_the_picture_alone_and_point_along_the_flow() -> None:
