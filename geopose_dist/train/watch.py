@@ -74,7 +74,10 @@ class Watch:
             self._say(f"ended/{self.world.rank}", type(error).__name__)
         dist.destroy_process_group(self.world.control)  # wakes those who wait for this rank
         if self.world.is_first:
-            self._keep_store(set(range(1, self.world.size)))
+            wait_s = SAME_S if isinstance(error, UserError) else self._grace_s()
+            self._keep_store(set(range(1, self.world.size)), wait_s)
+        else:
+            self._say(f"read/{self.world.rank}", "yes")
 
     def _say_once(self, error: UserError) -> None:
         """Most mistakes are found by all ranks alike: rank 0 says them, at once, before a peer's end ends it."""
@@ -95,12 +98,14 @@ class Watch:
         while not self._end.wait(self.timeout_s / 8):
             stuck_s = time.monotonic() - self._since
             if stuck_s > self.timeout_s / 2 and self._told != self._place:
-                self._told = self._place
-                self._say(f"place/{self.world.rank}", self._place)
+                self._told = told = self._place
+                self._say(f"place/{self.world.rank}", told)
+                if self._place != told:  # it went on in this very moment
+                    self._say(f"place/{self.world.rank}", "")
                 if self.world.device.type == "cuda":
-                    told = f"rank {self.world.rank} has been at {self._place} for {stuck_s:.0f} s"
+                    text = f"{self.world.names([self.world.rank])} has been at {told} for {stuck_s:.0f} s"
                     print(
-                        f"geopose train: {told} (timeout_s {self.timeout_s:g})", file=sys.stderr, flush=True
+                        f"geopose train: {text} (timeout_s {self.timeout_s:g})", file=sys.stderr, flush=True
                     )
 
     def _lost(self) -> LostPeer | FinishedWithFailures:
@@ -147,7 +152,7 @@ class Watch:
                     places[rank] = place
             self._say(f"read/{self.world.rank}", "yes")
             if self.world.is_first:
-                self._keep_store(set(places) - {0})
+                self._keep_store(set(places) - {0}, self._grace_s())
 
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
@@ -155,12 +160,11 @@ class Watch:
         self._store_gone |= asking.is_alive()
         return dict(places), dict(ended)
 
-    def _keep_store(self, readers: set[int]) -> None:
-        """Rank 0 holds the store: let the others read before it goes."""
-        until = time.monotonic() + self._grace_s()
+    def _keep_store(self, readers: set[int], wait_s: float) -> None:
+        """Rank 0 holds the store: let the others read before it goes, those that end with an error, too."""
+        until = time.monotonic() + wait_s
         for rank in readers:
-            if not self._heard(f"ended/{rank}", 0.0):
-                self._heard(f"read/{rank}", until - time.monotonic())
+            self._heard(f"read/{rank}", until - time.monotonic())
 
     def _grace_s(self) -> float:
         return min(GRACE_S, self.timeout_s)
