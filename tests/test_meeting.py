@@ -77,11 +77,14 @@ def test_an_end_for_another_reason_ends_all(error: Exception, kind: type, told: 
     assert str(ends[0]) == told
 
 
-def test_who_works_for_long_is_not_lost() -> None:
+@pytest.mark.parametrize("slow", [0, 1])
+def test_who_works_for_long_is_not_lost(slow: int) -> None:
     """Three times the silence that is allowed, but with signs of life."""
 
     def work(meeting: Meeting) -> Any:
-        return meeting.agree("staging", lambda: time.sleep(1.5) or meeting.rank, lambda said: said)
+        return meeting.agree(
+            "staging", lambda: time.sleep(1.5 * (meeting.rank == slow)) or meeting.rank, lambda said: said
+        )
 
     assert meet(2, work, silent_s=0.5) == [[0, 1], [0, 1]]
 
