@@ -17,6 +17,7 @@ import kubernetes_validate
 import pytest
 import runs
 import yaml
+from hosts import two_hosts
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch"
@@ -304,6 +305,23 @@ def test_a_node_that_finds_no_first_one_says_where_it_looked(tmp_path: Path) -> 
     assert "node 1 reaches nobody at 127.0.0.1:1 (Connection refused), 1 s long" in done.stderr
 
 
+@pytest.mark.multihost
+def test_each_host_finds_the_interface_to_the_first() -> None:
+    with two_hosts() as (a, b):
+        for host, master in ((a, a.address), (b, a.address), (b, a.name)):
+            told = {
+                "NNODES": "2",
+                "MASTER_ADDR": master,
+                "NPROC": "1",
+                "DRY_RUN": "1",
+                "GLOO_SOCKET_IFNAME": "",
+            }
+            said = host.start([str(LAUNCH / "torchrun.sh")], told).communicate()[0]
+            words = shlex.split(said)
+            assert f"GLOO_SOCKET_IFNAME={host.interface}" in words, said
+            assert after(words, "--local-addr") == host.address
+
+
 @pytest.mark.slow
 def test_signals_after_the_first_do_not_cut_a_save_short(tmp_path: Path) -> None:
     """Slurm sends them to torchrun and to its script, which passes them on: torchrun of its own leaves at the third."""
@@ -313,7 +331,7 @@ def test_signals_after_the_first_do_not_cut_a_save_short(tmp_path: Path) -> None
         "def save(*_):\n"
         "    for number in (signal.SIGTERM, signal.SIGUSR2):\n"
         "        signal.signal(number, signal.SIG_IGN)\n"
-        "    time.sleep(2)\n"
+        "    time.sleep(3)\n"
         "    pathlib.Path(sys.argv[1], 'saved').touch()\n"
         "    sys.exit(75)\n"
         "for number in (signal.SIGTERM, signal.SIGUSR2):\n"
@@ -332,8 +350,10 @@ def test_signals_after_the_first_do_not_cut_a_save_short(tmp_path: Path) -> None
     for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGTERM, signal.SIGTERM):
         process.send_signal(number)
         time.sleep(0.2)  # one at a time, as they come from different senders
+    process.wait(60)
+    saved = (tmp_path / "saved").exists()  # by then; a rank alone would save later, too
     runs.finish(process)
-    assert (tmp_path / "saved").exists()
+    assert saved
 
 
 def test_the_image_is_built_from_what_is_there_and_runs_as_nobody_special() -> None:
