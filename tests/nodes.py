@@ -119,7 +119,7 @@ def heard_by(folder: Path, heard: Path, **variables: str) -> dict[str, str]:
     python = folder / "listening-python"  # torchrun calls it with: -u -m geopose_dist WORDS
     python.write_text(f'#!/bin/sh\nshift 3\nexec "{sys.executable}" -u "{LISTENING}" "$@"\n')
     python.chmod(0o755)
-    return {"PYTHON_EXEC": str(python), "HEARD": str(heard), **variables}
+    return {"PYTHON_EXEC": str(python), "HEARD": str(heard), "PYTHONPATH": str(runs.ROOT), **variables}
 
 
 def order(heard: Path, count: int) -> list[str]:
