@@ -46,10 +46,13 @@ stage "score and pack the submission"
 geopose evaluate --predictions "$OUT/predictions" --truth "$OUT/data/test_truth" --json "$OUT/score.json"
 geopose submit --predictions "$OUT/predictions" --format "$OUT/data/submission_format" --out "$OUT/submission.tar.gz"
 
-# 7. One page with everything to look at.
+# 7. One page with everything to look at, and a tile in three dimensions.
 stage "write the page"
 geopose report --run "$OUT/run" --source "$OUT/data" --predictions "$OUT/predictions" --truth "$OUT/data/test_truth" \
   --score "$OUT/score.json" --out "$OUT/index.html"
+for tile in "$OUT"/predictions/*_AGL.tif; do break; done
+geopose view --source "$OUT/data" --predictions "$OUT/predictions" --truth "$OUT/data/test_truth" \
+  --key "$(basename "$tile" _AGL.tif)" --out "$OUT/view.html"
 
 "$python" -c '
 import json, sys
@@ -57,4 +60,4 @@ score = json.load(open(sys.argv[1]))
 cities = ", ".join("{} {:.3f}".format(name, facts["r2"]) for name, facts in sorted(score["cities"].items()))
 print("final score {:.4f} ({}), on places that training never saw".format(score["r2"], cities))
 ' "$OUT/score.json"
-echo "the page: $OUT/index.html (after $SECONDS s)"
+echo "the pages: $OUT/index.html, $OUT/view.html (after $SECONDS s)"

@@ -19,7 +19,7 @@ from geopose_dist import cli, geometry
 from geopose_dist.evaluate import pictures
 from geopose_dist.evaluate import predictions as challenge
 from geopose_dist.geometry import Pose
-from geopose_dist.report import dataset_sums, figures, page, panels, run_page, tiles
+from geopose_dist.report import dataset_sums, figures, page, panels, run_page, scores, tiles
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
@@ -154,6 +154,21 @@ def test_the_page_of_a_run_tells_its_numbers(made: Path, tmp_path: Path) -> None
     assert (
         text.count("data:image/jpeg") == 6 * 6
     )  # best, median and worst of two cities, four panels and a pair each
+
+
+def test_scores_stand_with_their_intervals() -> None:
+    facts = {"agl_r2": 0.5, "vflow_r2": 0.7, "r2": 0.6, "images": 9}
+    spans = {"agl_r2": [0.4, 0.6], "vflow_r2": [0.6, 0.8], "r2": [0.512, 0.688]}
+    found: dict[str, Any] = {"unit": "places", "groups": {"JAX": 9, "OMA": 2}, "rounds": 1000, "level": 0.95}
+    found |= {"r2": None, "cities": {"JAX": spans, "OMA": None}}
+    score = {"cities": {"JAX": facts, "OMA": facts}, "r2": 0.6, "intervals": found}
+    told = scores.score_part(score)
+    assert '<th scope="col">95% interval</th>' in told
+    assert "<td>0.6000</td><td>0.512 to 0.688</td>" in told
+    assert told.count("<td>0.6000</td><td>-</td>") == 2  # a city of two places, and so the final score
+    assert "bootstrap over places, city by city, 1000 rounds (JAX 9, OMA 2 places)" in told
+    assert "not that of another training run" in told
+    assert "interval" not in scores.score_part({"cities": {"JAX": facts}, "r2": 0.6})
 
 
 def test_tiles_are_ranked_by_their_error(made: Path) -> None:

@@ -85,7 +85,7 @@ def labelled(rgb: U8, true: Surface, side: int = SIDE_PX) -> Row:
         (drawn, f"image; flow {_times(factor)}"),
         (figures.coloured(true.agl_m, 0.0, top_m, HEIGHT_MAP), "height (grey: unknown)"),
     ]
-    pair = [(rgb, "as photographed"), (rectified(rgb, true), "rectified by its labels (black: hidden)")]
+    pair = [(rgb, "as photographed"), (rectified(rgb, true), "rectified (black: hidden)")]
     return _row(pictures, pair, [Bar(HEIGHT_MAP, "height", 0.0, top_m)], side)
 
 
