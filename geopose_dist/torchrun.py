@@ -33,7 +33,7 @@ from geopose_dist.errors import EXIT_AGAIN, EXIT_DONE, EXIT_FAILURES, EXIT_USER
 def main(argv: Sequence[str] | None = None) -> int:
     """Run torchrun with the words `argv`; the exit code that its ranks meant."""
     api._terminate_process_handler = _stop_once
-    launcher.LocalElasticAgent = Agent  # type: ignore[misc]  # the one place where torch makes it
+    launcher.LocalElasticAgent = Agent  # type: ignore[attr-defined]  # the one place where torch makes it
     with AgainFile() as again:
         try:
             run.main(list(sys.argv[1:] if argv is None else argv))
@@ -73,7 +73,7 @@ def _why(error: Exception) -> str:
     return f"the node that keeps the rendezvous (node 0) is gone ({reason})"
 
 
-def _stop_once(number: int, _frame: FrameType | None) -> None:
+def _stop_once(signum: int, frame: FrameType | None) -> None:
     """torchrun's handler, for the first signal only.
 
     torchrun waits for its ranks inside an `except`; a signal there ends the wait, and then torchrun, under ranks that
@@ -81,7 +81,7 @@ def _stop_once(number: int, _frame: FrameType | None) -> None:
     """
     for name in os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM").split(","):
         signal.signal(signal.Signals[name.strip()], lambda *_: None)
-    raise SignalException(f"got {signal.Signals(number).name}", sigval=signal.Signals(number))
+    raise SignalException(f"got {signal.Signals(signum).name}", sigval=signal.Signals(signum))
 
 
 def _end(code: int) -> str:
