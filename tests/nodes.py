@@ -14,6 +14,7 @@ from pathlib import Path
 import runs
 from hosts import Host
 
+SCRIPT = str(runs.ROOT / "launch" / "torchrun.sh")
 LISTENING = Path(__file__).with_name("listening.py")
 QUICK = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=1"
 """Rendezvous that notices a lost node after 3 s, and waits a second for more than the least number of nodes."""
@@ -87,8 +88,7 @@ class Job:
 
     def start(self, index: int) -> Node:
         """Run the command on one of the hosts."""
-        script = str(runs.ROOT / "launch" / "torchrun.sh")
-        return Node(self.pair[index], [script, *self.words], {**self.variables, "NODE_RANK": str(index)})
+        return Node(self.pair[index], [SCRIPT, *self.words], {**self.variables, "NODE_RANK": str(index)})
 
     def wait_for(self, ready: Callable[[], bool], what: str, timeout_s: float = 200.0) -> None:
         """Until `ready`."""

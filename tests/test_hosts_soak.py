@@ -160,6 +160,48 @@ def test_a_cable_that_stays_out_ends_both_hosts_with_75(train_shards: Path, tmp_
     runs.assert_same_weights(quiet, out)
 
 
+def test_a_node_that_is_asked_to_leave_loses_no_step(train_shards: Path, tmp_path: Path) -> None:
+    """Elastic, notice of a preemption to one node: both save, it leaves with 75, the other goes on from that step."""
+    out = tmp_path / "run"
+    slow = nodes.heard_by(tmp_path, tmp_path / "heard.txt", PAUSE_S="0.2")
+    with hosts.two_hosts() as pair:
+        job = nodes.Job(pair, train_shards, out, *LONG, "--timeout-s=60", NNODES="1:2", **slow)
+        job.reach(7)
+        job.nodes[1].process.send_signal(signal.SIGTERM)
+        assert job.nodes[1].wait(90) == 75, job.said()
+        step = int(job.nodes[1].said.split("after step ")[1].split(",")[0])
+        job.wait_for(lambda: f"goes on after step {step}" in job.nodes[0].said, "the other host alone")
+        job.reach(step + 3)
+        end(job)
+    assert "1 rank(s) on cpu" in job.nodes[0].said
+    quiet = quiet_run(train_shards, tmp_path, nodes.latest(out))
+    runs.assert_same_weights(quiet, out, buffers=False)
+
+
+def test_without_the_node_of_the_rendezvous_an_elastic_job_ends_with_75(
+    train_shards: Path, tmp_path: Path
+) -> None:
+    """A power cut of node 0: the other leaves, and starts again as node 0 of a job of its own."""
+    out = tmp_path / "run"
+    slow = nodes.heard_by(tmp_path, tmp_path / "heard.txt", PAUSE_S="0.2")
+    with hosts.two_hosts() as pair:
+        job = nodes.Job(pair, train_shards, out, *LONG, "--timeout-s=15", NNODES="1:2", **slow)
+        job.reach(5)
+        pair[0].die()
+        assert job.nodes[1].wait(15 + 90) == 75, job.said()
+        assert (
+            f"rank 0 on {pair[0].name}, through which ranks tell where they are, gave no answer"
+            in job.nodes[1].said
+        )
+        assert "the node that keeps the rendezvous (node 0) is gone" in job.nodes[1].said
+        job.variables |= {"MASTER_ADDR": pair[1].name, "NODE_RANK": "0"}
+        job.nodes = [nodes.Node(pair[1], [nodes.SCRIPT, *job.words], job.variables)]
+        job.reach(9)
+        end(job)
+    quiet = quiet_run(train_shards, tmp_path, nodes.latest(out))
+    runs.assert_same_weights(quiet, out, buffers=False)
+
+
 @pytest.mark.parametrize("mbit", [None, 50.0])
 def test_a_slow_or_a_bad_link_changes_no_number(
     train_shards: Path, tmp_path: Path, undisturbed: Path, mbit: float | None
