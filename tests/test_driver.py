@@ -10,10 +10,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import s3_server
 import tifffile
 import torch
-from jobs import actor_processes, outputs, predict, start, wait_for_files, wait_until_gone, write_tiles
+from jobs import (
+    actor_processes,
+    outputs,
+    predict,
+    save_tiny_net,
+    start,
+    wait_for_files,
+    wait_until_gone,
+    write_tiles,
+)
 from range_server import serve
+from tiles import make_dataset
 
 from geopose_dist import cli
 from geopose_dist.errors import UserError
@@ -23,6 +34,7 @@ from geopose_dist.infer.work import TileSource, WorkItem, fix_batches
 from geopose_dist.model.recipe import ModelRecipe
 from geopose_dist.model.unet import GeoposeNet
 from geopose_dist.model.weights import save_weights
+from shards import images
 
 REAL = Path(__file__).parents[1] / ".." / "shared" / "real"
 
@@ -223,6 +235,7 @@ def test_a_node_of_a_cluster_dies_and_the_files_are_the_same(
         assert job.poll() is None, log.read_text()
         print("kill", file=cluster.stdin, flush=True)
         assert cluster.stdout.readline() == "killed\n"
+        assert job.poll() is None, "it was too fast to lose a node in the middle"
         assert job.wait(timeout=300) == 0, log.read_text()
         cluster.stdin.close()
     assert "predict, 2 ray actors" in log.read_text()
@@ -312,3 +325,61 @@ def test_shards_behind_a_url_give_what_the_folder_gives(
         assert cli.main(["predict", *words]) == 0
     assert len(outputs(tmp_path / "url")) == 8
     assert outputs(tmp_path / "url") == outputs(tmp_path / "folder")
+
+
+@pytest.mark.slow
+def test_shards_in_an_object_store_give_what_the_folder_gives(
+    train_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("moto.server", reason="moto, the S3 server of these tests, is not installed")
+    for name, value in s3_server.CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    net = save_tiny_net(tmp_path / "n.safetensors", reduction=1)
+    options = (
+        "--split",
+        "val",
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        "--batch",
+        "2",
+        "--checkpoint",
+        str(net),
+    )
+    with s3_server.serve("tiles") as endpoint:
+        s3_server.upload(train_shards, "s3://tiles/some/where", endpoint)
+        store = ("--source", "s3://tiles/some/where", "--store.endpoint", endpoint)
+        for name, source, dispatch in (
+            ("folder", ("--source", str(train_shards)), "inline"),
+            ("s3", store, "process"),  # workers of their own reach the store
+        ):
+            words = [*source, *options, "--out", str(tmp_path / name), "--dispatch", dispatch]
+            assert cli.main(["predict", *words]) == 0
+    assert len(outputs(tmp_path / "s3")) == 8
+    assert outputs(tmp_path / "s3") == outputs(tmp_path / "folder")
+
+
+def test_tiles_are_reduced_as_packing_reduces_them(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By area, in the network's factor; test_wavelet.py has the other filter."""
+    make_dataset(tmp_path / "made", 3, size=128)
+    data = tmp_path / "data"
+    shutil.copytree(tmp_path / "made" / "train", data)
+    words = ["--source", str(data), "--out", str(tmp_path / "shards"), "--reduce", "2", "--workers", "1"]
+    assert cli.main(["pack", *words]) == 0
+    options = ("--dispatch", "inline", "--net.enlarge", "bilinear")
+    assert predict(tmp_path / "shards", checkpoint, tmp_path / "a", *options, "--split", "train") == 0
+    assert predict(data, checkpoint, tmp_path / "b", *options) == 0
+    assert len(outputs(tmp_path / "a")) == 6
+    assert outputs(tmp_path / "a") == outputs(tmp_path / "b")
+    # Other pixels would give other heights: by nearest neighbours the same network says something else.
+    for path in sorted(data.glob("*_RGB.*")):
+        rgb = images.read_rgb(path)[::2, ::2].repeat(2, 0).repeat(2, 1)
+        path.unlink()
+        tifffile.imwrite(path.with_suffix(".tif"), rgb)
+    assert predict(data, checkpoint, tmp_path / "c", *options) == 0
+    assert outputs(tmp_path / "c") != outputs(tmp_path / "b")
+    assert "another filter" not in capsys.readouterr().out
