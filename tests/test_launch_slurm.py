@@ -105,11 +105,19 @@ def test_preempted_and_signalled_it_queues_itself_again_to_the_same_weights(
 
 
 @pytest.mark.slow
-def test_a_mistake_is_not_queued_again(slurm: Slurm, tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    variables = {"PYTHON": sys.executable, "NPROC": "1", "CHECKOUT": str(runs.ROOT)}
-    words = ("--data.shards", str(tmp_path / "nothing"), "--out", str(tmp_path / "run"))
-    job = slurm.submit("--output", str(log), SBATCH, *words, **variables)
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [(2, "a mistake to mend"), (75, "stopped after 0 requeues; submit the same command to go on")],
+)
+def test_what_is_not_queued_again(slurm: Slurm, tmp_path: Path, code: int, words: str) -> None:
+    """A mistake would only be repeated; and somebody may have set a limit."""
+    python, log = tmp_path / "python", tmp_path / "log"
+    python.write_text(f"#!/bin/sh\necho a mistake to mend\nexit {code}\n")  # in place of torchrun
+    python.chmod(0o755)
+    variables = {"PYTHON": str(python), "NPROC": "1", "CHECKOUT": str(runs.ROOT), "MAX_REQUEUES": "0"}
+    train = ("--data.shards", "s", "--out", str(tmp_path / "run"))
+    job = slurm.submit("--output", str(log), SBATCH, *train, **variables)
     slurm.wait_for(lambda: slurm.job(job)["JobState"] == "FAILED", "the job has failed")
-    assert slurm.job(job)["ExitCode"] == "2:0"
+    assert slurm.job(job)["ExitCode"] == f"{code}:0"
     assert slurm.job(job)["Restarts"] == "0"
+    assert words in log.read_text()
