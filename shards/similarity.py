@@ -262,19 +262,18 @@ def _join(
     """Join pairs with enough matches, best candidates first; the groups, and the number of pairs compared."""
     groups = Groups(len(paths))
     done: set[tuple[int, int]] = set()
+    compared: list[int] = []
 
     def compare(pairs: Iterable[tuple[int, int]], label: str) -> None:
         new = sorted(set(pairs) - done)
         done.update(new)
         new = [pair for pair in new if groups.of(pair[0]) != groups.of(pair[1])]
         counts = _all_matches([(paths[a], paths[b]) for a, b in new], recipe.workers, label)
-        nonlocal compared
-        compared += len(new)
+        compared.append(len(new))
         for (one, other), count in zip(new, counts, strict=True):
             if count >= threshold:
                 groups.join(one, other)
 
-    compared = 0
     edges = [*(edge for edge in ROUNDS if edge < recipe.candidates), recipe.candidates]
     for low, high in itertools.pairwise(edges):
         near = ((min(number, k), max(number, k)) for number, order in ranked.items() for k in order[low:high])
@@ -287,7 +286,7 @@ def _join(
     ]
     if far:
         compare(far, "split: tiles nearly alone")
-    return groups, compared
+    return groups, sum(compared)
 
 
 def _named(tiles: Sequence[Tile], groups: Groups) -> dict[str, str]:

@@ -59,9 +59,8 @@ class Features:
     def descriptors(self) -> F32:
         """float32 [N, 128] of unit length."""
         found = self.codes.astype(np.float32)
-        length: F32 = np.linalg.norm(found, axis=1, keepdims=True)
-        scaled: F32 = found / np.maximum(length, 1e-6)
-        return scaled
+        length = np.linalg.norm(found, axis=1, keepdims=True)
+        return np.asarray(found / np.maximum(length, 1e-6), np.float32)
 
 
 def small_grey(tile: Tile) -> U8:
@@ -88,7 +87,7 @@ def small_grey(tile: Tile) -> U8:
 def features_of(grey: U8, keypoints: int) -> Features:
     """At most `keypoints` upright SIFT features of uint8 [h, w], evened out in contrast against haze."""
     even = cv2.createCLAHE(clipLimit=4.0, tileGridSize=(8, 8)).apply(grey)
-    sift = cv2.SIFT_create(contrastThreshold=0.02, edgeThreshold=12)
+    sift = cv2.SIFT.create(contrastThreshold=0.02, edgeThreshold=12)
     found = [point for point in sift.detect(even, None) if point.size <= LARGEST_PX]
     # One place and size may be found with several orientations, which upright features have no use for.
     found.sort(key=lambda point: (-point.response, point.pt))
@@ -106,11 +105,11 @@ def features_of(grey: U8, keypoints: int) -> Features:
         kept.append(point)
     if not kept:
         return Features(np.zeros((0, 2), np.float32), np.zeros(0, np.float32), np.zeros((0, 128), np.uint8))
-    kept, descriptors = sift.compute(even, kept)
+    described, descriptors = sift.compute(even, kept)
     shares = descriptors / np.maximum(descriptors.sum(axis=1, keepdims=True), 1e-9)
     return Features(
-        np.array([point.pt for point in kept], np.float32),
-        np.array([point.size for point in kept], np.float32),
+        np.array([point.pt for point in described], np.float32),
+        np.array([point.size for point in described], np.float32),
         np.minimum(np.rint(CODE * np.sqrt(shares)), 255).astype(np.uint8),
     )
 
@@ -155,7 +154,7 @@ def matched(one: Features, other: Features) -> int:
         maxIters=1000,
         confidence=0.99,
     )
-    if fit is None or not plausible(fit):
+    if fit is None or not plausible(np.asarray(fit, np.float64)):
         return 0
     return int(explained.sum())
 

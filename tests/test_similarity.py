@@ -62,6 +62,11 @@ def found_places(found: similarity.Found) -> set[frozenset[str]]:
     return {frozenset(keys) for keys in groups.values()}
 
 
+@pytest.fixture(autouse=True)
+def few_mirrors(monkeypatch):
+    monkeypatch.setattr(similarity, "MIRRORS", 5)
+
+
 @pytest.fixture(scope="module")
 def tiles(tmp_path_factory) -> list[Tile]:
     return make_views(tmp_path_factory.mktemp("similarity") / "tiles")

@@ -146,7 +146,7 @@ def clouded(rgb: U8, rng: np.random.Generator) -> U8:
     cover = np.clip((bank - np.quantile(bank, 0.67)) * 4, 0, 1)[..., None]
     light = light * (1 - cover) + cover * np.float32(0.95)
     light += rng.normal(0, 0.03, light.shape).astype(np.float32)
-    return np.rint(np.clip(light, 0, 1) * 255).astype(np.uint8)
+    return np.asarray(np.rint(np.clip(light, 0, 1) * 255), np.uint8)
 
 
 def picture_views(source: Path, folder: Path) -> Iterator[Tile]:
@@ -197,7 +197,7 @@ def oblique(rgb: U8, agl_m: F32, rng: np.random.Generator) -> U8:
     light = light * rng.uniform(0.85, 1.15, 3).astype(np.float32) * (1 - haze) + haze * np.float32(0.8)
     light = np.asarray(cv2.GaussianBlur(light, (0, 0), float(rng.uniform(0.5, 1.6))), np.float32)
     light += rng.normal(0, 0.02, light.shape).astype(np.float32)
-    return np.rint(np.clip(light, 0, 1) * 255).astype(np.uint8)
+    return np.asarray(np.rint(np.clip(light, 0, 1) * 255), np.uint8)
 
 
 def written(folder: Path, key: str, place: str, rgb: U8) -> Tile:

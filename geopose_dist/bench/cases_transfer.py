@@ -86,7 +86,7 @@ def _resized(rgb: npt.NDArray[np.uint8], zoom: float) -> npt.NDArray[np.uint8]:
 def ranks(values: F32) -> F64:
     """Rank of each value [N], from 0; equal values share the mean of theirs."""
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    middle: F64 = np.cumsum(counts) - (counts + 1) / 2
+    middle = np.asarray(np.cumsum(counts) - (counts + 1) / 2, np.float64)
     return np.asarray(middle[place], np.float64)
 
 
@@ -100,8 +100,7 @@ def block_sums(guess: F32, true: F32) -> F64:
     block = row // BLOCK_PX * across + column // BLOCK_PX
     columns = (np.ones_like(x), x, y, x * x, y * y, x * y)
     sums = np.stack([np.bincount(block, weights=values) for values in columns], axis=1)
-    kept: F64 = sums[sums[:, 0] > 0]
-    return kept
+    return np.asarray(sums[sums[:, 0] > 0], np.float64)
 
 
 def rho_of(pictures: list[F64]) -> float:
