@@ -18,12 +18,12 @@ from geopose_dist.data.store_recipe import StoreRecipe
 from geopose_dist.data.stores import StoreFailure, open_store
 from geopose_dist.errors import UserError
 from geopose_dist.meeting import Meeting
-from geopose_dist.model import weights
-from geopose_dist.train import beginning, checkpoint, run_store
+from geopose_dist.model import run_store, weights
+from geopose_dist.model.run_store import RunStore
+from geopose_dist.train import beginning, checkpoint, place
 from geopose_dist.train.beginning import Beginning
 from geopose_dist.train.checkpoint import Progress, Snapshot
 from geopose_dist.train.recipe import TrainRecipe
-from geopose_dist.train.run_store import RunStore
 
 SMALL = ("--data.global-batch=2", "--data.micro-batch=1", "--validation.every-epochs=0")
 
@@ -147,7 +147,7 @@ def test_a_checkpoint_that_is_on_its_way_is_none(
 
 def test_what_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="web servers cannot be written to"):
-        run_store.run_store(TrainRecipe(out="http://host/run"))
+        place.run_store(TrainRecipe(out="http://host/run"))
     with pytest.raises(UserError, match="no complete checkpoint there"):
         raise_from_empty(tmp_path)
 
@@ -221,6 +221,20 @@ def test_a_whole_run_and_what_starts_from_it(
     start = options(s3, tmp_path / "c", "--length=1 steps", f"--init-from={url}")
     assert runs.train(train_shards, tmp_path / "next", *start) == 0
     assert f"starts from the weights of {url}" in capsys.readouterr().err
+    words = [
+        "predict",
+        "--source",
+        str(train_shards),
+        "--split",
+        "val",
+        "--checkpoint",
+        url,
+        "--device",
+        "cpu",
+    ]
+    words += ["--out", str(tmp_path / "poses"), "--dispatch", "inline", "--store.endpoint", s3]
+    assert runs.cli.main(words) == 0
+    assert len(list((tmp_path / "poses").glob("*_AGL.tif"))) == 4
 
 
 def killed_while_uploading(

@@ -70,9 +70,14 @@ class Outcome:
 
 def run(recipe: PredictRecipe) -> None:
     """Predict what is not predicted yet; exit 1 naming tiles that could not be."""
+    from geopose_dist.model.run_store import fetched_weights
     from geopose_dist.model.weights import find_checkpoint, read_facts
 
-    checkpoints = tuple(find_checkpoint(Path(path)) for path in recipe.checkpoint)
+    # Runs in a store are fetched to where all machines write their outputs.
+    fetched = [
+        fetched_weights(one, recipe.store, recipe.out / BOOKKEEPING / "weights") for one in recipe.checkpoint
+    ]
+    checkpoints = tuple(find_checkpoint(path) for path in fetched)
     reduction, _ = common_reduction([read_facts(path) for path in checkpoints], checkpoints)
     if scenes := find_scenes(recipe):
         from geopose_dist.infer.scene import run as run_scenes
@@ -129,6 +134,10 @@ def _predict(recipe: PredictRecipe, spec: WorkSpec, source: Source) -> Outcome:
     outcome.written = len(source.tiles) - len(told)
     if not todo:
         return outcome
+    print(
+        f"predict: {outcome.total} tiles, {outcome.written} of them finished; starting actors",
+        file=sys.stderr,
+    )
     began = time.monotonic()
     with (
         open_crew(recipe, spec, len(todo)) as crew,

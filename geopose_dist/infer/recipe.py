@@ -72,8 +72,9 @@ class PredictRecipe:
     """A dataset folder (challenge layout: its test tiles, unless `split` says otherwise), a CSV list with a column
     rgb, shards in a folder or behind a URL, one image file, or georeferenced GeoTIFFs of any size (scenes): one, a
     folder or a list of them."""
-    checkpoint: list[Path]
-    """One or more checkpoints, averaged: .safetensors files, or run folders (their best, else newest)."""
+    checkpoint: list[str]
+    """One or more checkpoints, averaged: .safetensors files, or runs, in a folder or at s3://, gs:// or az:// (their
+    best checkpoint, else their newest)."""
     out: Path
     """Folder for KEY_AGL.tif and KEY_VFLOW.json; finished tiles found there are not predicted again."""
     scenes: Literal["auto", "always", "never"] = "auto"
@@ -99,7 +100,8 @@ class PredictRecipe:
     attempts: int = 3
     """How often a batch that kills its actor is tried before its tiles are tried one by one."""
     item_timeout_s: float = 900.0
-    """An actor that has not answered for a batch in this time is given up; another tries the batch."""
+    """An actor that has not answered for a batch in this time, and in as much for each batch before it, is given up;
+    another tries the batch."""
     unit: Literal["cm", "m"] = "cm"
     """cm: challenge files; m: float32 metres and px/m, which `geopose convert` takes."""
     dry_run: bool = False
@@ -110,7 +112,7 @@ class PredictRecipe:
     rectify: bool = True
     """Scenes: also write heights and colours moved to the ground, and what is hidden, into OUT/rectified."""
     store: StoreRecipe = field(default_factory=StoreRecipe)
-    """How shards behind a URL are reached and kept."""
+    """How shards and checkpoints behind a URL are reached and kept."""
     net: NetRecipe = field(default_factory=NetRecipe)
     """How a batch is predicted."""
 

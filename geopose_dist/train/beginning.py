@@ -17,7 +17,8 @@ from geopose_dist.data.reader import open_shards
 from geopose_dist.errors import UserError
 from geopose_dist.meeting import Meeting
 from geopose_dist.model import weights
-from geopose_dist.train import preflight, run_store
+from geopose_dist.model.run_store import CHECKPOINTS
+from geopose_dist.train import place, preflight
 from geopose_dist.train.recipe import TrainRecipe
 
 SHARED_S = 30.0
@@ -35,7 +36,7 @@ class Beginning:
 
     def __init__(self, recipe: TrainRecipe, stopped: Callable[[], str] = lambda: "") -> None:
         self.recipe, self._stopped = recipe, stopped
-        self.folder, self.store = run_store.local_folder(recipe), run_store.run_store(recipe)
+        self.folder, self.store = place.local_folder(recipe), place.run_store(recipe)
         self.checkpoint: Path | None = None
         self.claim: staging.Claim | None = None
 
@@ -77,7 +78,7 @@ class Beginning:
             if meeting.rank == 0 and newest:
                 self.store.bring_logs()
         elif newest:
-            self.checkpoint = self.folder / run_store.CHECKPOINTS / newest
+            self.checkpoint = self.folder / CHECKPOINTS / newest
             until = time.monotonic() + SHARED_S
             while not (self.checkpoint / weights.STATE_NAME).is_file():
                 if time.monotonic() > until:

@@ -25,8 +25,8 @@ from geopose_dist.data.batch import Batch
 from geopose_dist.errors import FinishedWithFailures
 from geopose_dist.model import device_augment, weights
 from geopose_dist.runtime import World
+from geopose_dist.train.place import local_folder
 from geopose_dist.train.recipe import TrainRecipe
-from geopose_dist.train.run_store import local_folder
 
 FOLDER = "nonfinite"
 """In the run folder: one folder for each step that was not finite."""

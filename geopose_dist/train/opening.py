@@ -16,12 +16,12 @@ from geopose_dist.data.loader import TrainLoader, train_loader
 from geopose_dist.data.manifest import ShardSet
 from geopose_dist.data.reader import Reader, open_shards
 from geopose_dist.errors import UserError
-from geopose_dist.model import pretrained, weights
+from geopose_dist.model import pretrained, run_store, weights
 from geopose_dist.model.city_spread import LEAST_STD_M
 from geopose_dist.model.recipe import LossRecipe, ModelRecipe
 from geopose_dist.model.unet import GeoposeNet
 from geopose_dist.runtime import World
-from geopose_dist.train import checkpoint, parallel, recompute, run_store
+from geopose_dist.train import checkpoint, parallel, recompute
 from geopose_dist.train.beginning import Beginning
 from geopose_dist.train.checkpoint import Progress, Snapshot
 from geopose_dist.train.recipe import Length, TrainRecipe

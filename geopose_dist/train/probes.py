@@ -16,7 +16,8 @@ from geopose_dist.data.reader import Reader, open_shards
 from geopose_dist.errors import UserError
 from geopose_dist.model.unet import GeoposeNet
 from geopose_dist.runtime import World
-from geopose_dist.train import checkpoint, run_store
+from geopose_dist.train import checkpoint
+from geopose_dist.train.place import local_folder
 from geopose_dist.train.recipe import TrainRecipe
 
 READ_S = 3.0
@@ -51,7 +52,7 @@ def read_speed(recipe: TrainRecipe) -> dict[str, float]:
 
 def disks(recipe: TrainRecipe, writes_checkpoints: bool) -> tuple[dict[str, float], list[str]]:
     """Free GB where checkpoints and cached shards go, and what is too little, as sentences."""
-    folder, problems = run_store.local_folder(recipe), []
+    folder, problems = local_folder(recipe), []
     free = {"out_gb": shutil.disk_usage(_nearest(folder)).free / 1e9}
     if writes_checkpoints:
         each = checkpoint.size_bytes(GeoposeNet(recipe.model), recipe.ema_decay > 0)

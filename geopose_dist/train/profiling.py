@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from geopose_dist.runtime import World
+from geopose_dist.train.place import local_folder
 from geopose_dist.train.recipe import TrainRecipe
-from geopose_dist.train.run_store import local_folder
 
 FOLDER = "profile"
 FIRST_STEP, LAST_STEP = 5, 10

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from geopose_dist.data.stores import StoreFailure
+from geopose_dist.model.run_store import RunStore
 from geopose_dist.train import checkpoint
 from geopose_dist.train.checkpoint import Progress, Snapshot
 from geopose_dist.train.recipe import TrainRecipe
-from geopose_dist.train.run_store import RunStore
 
 
 class Writer:

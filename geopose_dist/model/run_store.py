@@ -24,7 +24,6 @@ from geopose_dist.data import catalogue, stores, urls
 from geopose_dist.data.store_recipe import StoreRecipe
 from geopose_dist.errors import UserError
 from geopose_dist.model import weights
-from geopose_dist.train.recipe import TrainRecipe
 
 CHECKPOINTS = "checkpoints"
 LOGS = ("metrics.jsonl", "validation.jsonl", "damage.jsonl")
@@ -35,25 +34,11 @@ LARGE = 32 << 20
 """Logs above this go up in parts."""
 
 
-def local_folder(recipe: TrainRecipe) -> Path:
-    """The folder of a run on this machine: `out` itself, or the working copy of the URL that it is."""
-    if not urls.is_url(recipe.out):
-        return Path(recipe.out)
-    return working_copy(recipe.out, recipe.data.store)
-
-
 def working_copy(url: str, store: StoreRecipe) -> Path:
     """Where this machine works on a run behind a URL; beside the cached shards (store.cache_dir)."""
     parsed = urls.parse(url)
     name = f"{PurePosixPath(parsed.path).name or parsed.host}-{hashlib.sha256(str(parsed).encode()).hexdigest()[:12]}"
     return catalogue.cache_root(store) / "runs" / name
-
-
-def run_store(recipe: TrainRecipe) -> RunStore | None:
-    """The store that a run is kept in; None if its `out` is a folder."""
-    if not urls.is_url(recipe.out):
-        return None
-    return RunStore(recipe.out, recipe.data.store, local_folder(recipe))
 
 
 class RunStore:
@@ -194,12 +179,15 @@ class RunStore:
         return self._best(complete) or complete[-1]
 
 
-def fetched_weights(place: str, store: StoreRecipe) -> Path:
-    """The checkpoint that a path or URL of a run means, as a path of this machine (UserError, StoreFailure)."""
-    if not urls.is_url(place):
+def fetched_weights(place: str | Path, store: StoreRecipe, root: Path | None = None) -> Path:
+    """The checkpoint that a path or URL of a run means, as a path (UserError, StoreFailure).
+
+    What comes from a store is kept below `root`, such as a folder that several machines share; None: on this one.
+    """
+    if isinstance(place, Path) or not urls.is_url(place):
         return Path(place)
     copy = working_copy(place, store)
-    donor = RunStore(place, store, copy.with_name(f"{copy.name}-read"))
+    donor = RunStore(place, store, (root or copy.parent) / f"{copy.name}-read")
     return donor.bring(donor.chosen()) or donor.folder
 
 
