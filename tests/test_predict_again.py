@@ -29,6 +29,7 @@ def test_a_dry_run_tells_and_writes_nothing(
     )
     assert not out.exists()
     assert predict(tiles, checkpoint, out, *INLINE, "--limit", "3") == 0
+    assert "predict: 3 tiles, 0 of them finished; starting actors" in capsys.readouterr().err
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     capsys.readouterr()
     assert predict(tiles, checkpoint, out, "--dry-run", "true") == 0
