@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiles import make_dataset
 
+from geopose_dist import cli
+from geopose_dist.bench import cases_leak
 from geopose_dist.errors import FoundProblems, UserError
 from shards import layouts, pack_plan, split
 from shards.layouts import Tile
@@ -134,6 +136,24 @@ def test_a_leaking_split_is_made_on_request_only_and_says_so(tmp_path, capsys):
     pack_plan.read_split(tmp_path / "leaky.json")
     with pytest.raises(ValueError, match="without --folds"):
         SplitRecipe(source="a", out="b", leak=True, folds=2)
+
+
+def test_leak_is_measured_on_the_same_tiles(tmp_path, monkeypatch):
+    make_dataset(tmp_path / "data", 40, views=3)
+    monkeypatch.setattr(cases_leak, "geopose", cli.main)
+    paths = cases_leak.make_splits(tmp_path / "data", tmp_path / "work")
+    free, leaky = (json.loads(paths[way].read_text()) for way in cases_leak.WAYS)
+    assert free["val"] == leaky["val"]
+    moved = set(leaky["train"]) - set(free["train"])
+    assert moved
+    assert set(free["unused"]) == moved | set(leaky["unused"])
+    assert sorted(key for keys in free.values() for key in keys) == sorted(
+        key for keys in leaky.values() for key in keys
+    )
+    (tmp_path / "run").mkdir()
+    lines = [{"step": 5, "r2": 0.9}, {"step": 9, "r2": 0.1}, {"step": 9, "r2": 0.3}]
+    (tmp_path / "run" / "validation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert cases_leak.last_score(tmp_path / "run") == 0.3
 
 
 def test_a_leak_needs_places_of_two_tiles(tmp_path):
