@@ -38,7 +38,7 @@ from geopose_dist.train.recipe import TrainRecipe
 Row = dict[str, Any]
 Case = Callable[..., Any]
 
-BY_NAME_ONLY = ("accuracy", "enlarge", "leak", "scaling", "similarity", "submission", "transfer")
+BY_NAME_ONLY = ("accuracy", "calibrate", "enlarge", "leak", "scaling", "similarity", "submission", "transfer")
 """Cases that take long and want more than defaults: run when they are named."""
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLOSC_NTHREADS")

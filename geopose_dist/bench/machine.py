@@ -10,6 +10,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,32 @@ def gpus() -> list[dict[str, Any]]:
     return devices
 
 
+def driver() -> str:
+    """Version of the NVIDIA driver, as the kernel or nvidia-smi tells it; empty if neither does."""
+    with contextlib.suppress(OSError):
+        found = re.search(
+            r"(?:Module|x86_64|aarch64)\s+(\d+\.[\d.]+)", Path("/proc/driver/nvidia/version").read_text()
+        )
+        if found:
+            return found[1]
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+        return told.strip().partition("\n")[0]
+    return ""
+
+
+def cuda() -> dict[str, str]:
+    """Versions of driver, CUDA and NCCL, where there is a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    known = torch.distributed.is_available() and torch.distributed.is_nccl_available()
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if known else ""  # type: ignore[no-untyped-call]
+    return {"driver": driver(), "cuda": torch.version.cuda or "", "nccl": nccl}
+
+
 def describe() -> dict[str, Any]:
     """The `machine` of a benchmark's JSON."""
     return {
@@ -85,7 +112,7 @@ def describe() -> dict[str, Any]:
         "memory_gib": memory_gib(),
         "gpus": gpus(),
         "system": f"{platform.system()} {platform.machine()}",
-        "versions": versions(),
+        "versions": versions() | cuda(),
     }
 
 
