@@ -57,7 +57,7 @@ def draw_day(city: str, rng: np.random.Generator) -> Day:
         [-0.28, -0.02, -0.10]
     ) * max(season, 0)
     if season < 0:
-        gains[GRASS] += np.array([0.55, 0.22, 0.25]) * -season
+        gains[GRASS] += np.array([0.40, 0.20, 0.22]) * -season
     bare = max(-season - 0.2, 0) / 0.8
     gains[DECIDUOUS] = np.array([1.0, 1.0, 1.0]) + np.array([0.75, 0.2, 0.75]) * bare
     gains[EVERGREEN] = 1 + 0.1 * float(rng.uniform(-1, 1))

@@ -170,9 +170,9 @@ cdef int shade(Scene* s, Light* light, Hit* hit, float* rgb) noexcept nogil:
         if <int>o[MATERIAL] == 1 or <int>o[MATERIAL] == 6:  # lawns and soil are greener here, drier there
             dim = near[1] if near[1] < <float>1.6 else <float>1.6
             dim = dim if dim > <float>-1.6 else <float>-1.6
-            rgb[0] *= 1 + <float>0.15 * dim
+            rgb[0] *= 1 + <float>0.09 * dim
             rgb[1] *= 1 + <float>0.03 * dim
-            rgb[2] *= 1 + <float>0.05 * dim
+            rgb[2] *= 1 + <float>0.02 * dim
         return (SUNNY if lit > <float>0.5 * facing else 0) + (LEAFY if leafy else 0)
     # A wall. Its plane follows the building's own axes: of the two that face the viewer, the one that is near. Cells
     # make steps of a turned wall, so it is looked for from inside.
