@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 class Moody:
-    """Doubles numbers; 3 kills the process, 5 raises, 7 kills the process the first time only."""
+    """Doubles numbers; 3 kills the process, 5 raises, 7 and 17 kill the process the first time only."""
 
     def __init__(self, marks: Path) -> None:
         self.marks = str(marks)
@@ -21,7 +21,7 @@ class Moody:
                 first = marks / f"seen{number}"
                 if number == 5:
                     raise ValueError("five is not liked")
-                if number == 3 or (number == 7 and not first.exists()):
+                if number == 3 or (number in (7, 17) and not first.exists()):
                     first.touch()
                     os.kill(os.getpid(), signal.SIGKILL)
             return [2 * number for number in numbers]

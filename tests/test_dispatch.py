@@ -49,6 +49,14 @@ def test_poison_is_set_aside_and_nobody_else_suffers(
     }  # fmt: skip
 
 
+def test_actors_that_die_with_many_items_in_hand_do_not_look_like_a_job_that_always_fails(
+    tmp_path: Path,
+) -> None:
+    items = [[7, 0], [17, 0], *([number] for number in range(20, 60))]
+    answers = run("process", Moody(tmp_path), items, count=1, in_flight=40)
+    assert sorted(n for _, answer in answers for n in answer) == sorted(2 * n for item in items for n in item)
+
+
 def test_work_that_always_fails_stops_instead_of_trying_everything(tmp_path: Path) -> None:
     with pytest.raises(FinishedWithFailures, match="failures in a row, the last: ValueError: five"):
         run("inline", Moody(tmp_path), [[5]] * 100)

@@ -140,6 +140,7 @@ class Dispatch:
                 self._failures_in_a_row = 0
                 yield entry.item, future.result()
             else:
+                self._failures_in_a_row += 1
                 self._failed(entry, f"{type(error).__name__}: {_last_line(error)}")
 
     def _alive(self, slot: _Slot) -> bool:
@@ -163,13 +164,13 @@ class Dispatch:
                 reason = f"its actor did not answer within {self._timeout_s:g} s"
         if not reason:
             return True
+        self._failures_in_a_row += 1  # one, however many items it had
         for entry, _ in slot.running.values():
             self._failed(entry, reason)
         return False
 
     def _failed(self, entry: _Entry, reason: str) -> None:
         entry.failed += 1
-        self._failures_in_a_row += 1
         self._last_reason = reason
         if entry.failed < (min(2, self._attempts) if entry.is_part else self._attempts):
             self._suspects.append(entry)
