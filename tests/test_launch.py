@@ -74,6 +74,16 @@ def test_nodes_meet_at_the_named_address() -> None:
     assert second[second.index("--rdzv-conf") + 1] == "is_host=0,join_timeout=900"
 
 
+def test_an_elastic_number_of_nodes_starts_lost_ranks_again() -> None:
+    command = dry(NPROC="1", NNODES="1:2", MASTER_ADDR="host0", RDZV_CONF="last_call_timeout=5")
+    assert command[command.index("--nnodes") + 1] == "1:2"
+    assert int(command[command.index("--max-restarts") + 1]) > 0
+    assert command[command.index("--rdzv-conf") + 1].endswith(",last_call_timeout=5")
+    assert "--log-dir" in command
+    fixed = dry(NPROC="1", NNODES="2", MASTER_ADDR="host0")
+    assert fixed[fixed.index("--max-restarts") + 1] == "0"
+
+
 def test_words_go_to_train_and_win_over_variables() -> None:
     command = dry(
         "--data.shards", "mine", "--out=there", "--length", "3", NPROC="1", SHARDS="other", OUT="else"
