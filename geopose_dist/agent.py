@@ -76,7 +76,7 @@ class Agent(LocalElasticAgent):
 
     def _exit_barrier(self) -> None:
         if not self.handler.lost:
-            super()._exit_barrier()
+            super()._exit_barrier()  # type: ignore[no-untyped-call]
 
 
 class PatientRendezvous(RendezvousHandler):
@@ -156,7 +156,7 @@ class PatientRendezvous(RendezvousHandler):
 
     def set_closed(self) -> None:
         """End the job."""
-        self._handler.set_closed()
+        self._handler.set_closed()  # type: ignore[no-untyped-call]
 
     def get_run_id(self) -> str:
         """The job's name."""
