@@ -16,11 +16,12 @@ import torch
 
 from geopose_dist.data.store_recipe import StoreRecipe
 from geopose_dist.data.stores import StoreFailure, open_store
-from geopose_dist.errors import UserError
+from geopose_dist.errors import LostPeer, UserError
 from geopose_dist.meeting import Meeting
 from geopose_dist.model import run_store, weights
 from geopose_dist.model.run_store import RunStore
-from geopose_dist.train import beginning, checkpoint, place
+from geopose_dist.runtime import World
+from geopose_dist.train import beginning, checkpoint, opening, place
 from geopose_dist.train.beginning import Beginning
 from geopose_dist.train.checkpoint import Progress, Snapshot
 from geopose_dist.train.recipe import TrainRecipe
@@ -183,6 +184,14 @@ def test_a_folder_that_machines_do_not_share_is_refused(
     assert "rank 1 on" in told[0]
     assert f"{tmp_path}/b/checkpoints/step-00000010 is not there, but rank 0 on" in told[0]
     assert "--out must be a folder that all machines share" in told[0]
+
+
+def test_ranks_with_different_checkpoints_do_not_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(0, 3, 0, 3, torch.device("cpu"), hosts=("a", "a", "b"))
+    opening.check_same_step(7, World(0, 1, 0, 1, torch.device("cpu")))
+    monkeypatch.setattr(World, "gather", lambda self, mine: [mine, mine, mine + 2])
+    with pytest.raises(LostPeer, match="rank 0 on a after step 7, rank 2 on b after step 9"):
+        opening.check_same_step(7, world)
 
 
 def options(s3: str, cache: Path, *more: str) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from geopose_dist.data import catalogue
 from geopose_dist.data.loader import TrainLoader, train_loader
 from geopose_dist.data.manifest import ShardSet
 from geopose_dist.data.reader import Reader, open_shards
-from geopose_dist.errors import UserError
+from geopose_dist.errors import LostPeer, UserError
 from geopose_dist.model import pretrained, run_store, weights
 from geopose_dist.model.city_spread import LEAST_STD_M
 from geopose_dist.model.recipe import LossRecipe, ModelRecipe
@@ -80,6 +80,7 @@ def look(recipe: TrainRecipe, world: World, beginning: Beginning | None = None) 
     if folder is not None:
         checkpoint.check_same_run(folder, recipe, fingerprint)
         progress, stored = checkpoint.read_progress(folder), checkpoint.load(folder)
+    check_same_step(progress.step, world)
     torch.manual_seed(recipe.seed)
     net = GeoposeNet(recipe.model)
     source = start_weights(net, recipe, stored, world)
@@ -88,6 +89,20 @@ def look(recipe: TrainRecipe, world: World, beginning: Beginning | None = None) 
     world.on_first(lambda: checkpoint.check_room(beginning.folder, each_bytes, keep))
     total_steps = Length.parse(recipe.length).steps(len(shards), recipe.data.global_batch)
     return Opened(recipe, shards, validation, net, source, progress, stored, total_steps, beginning)
+
+
+def check_same_step(step: int, world: World) -> None:
+    """Refuse to begin where ranks hold different checkpoints, whatever made them so (LostPeer).
+
+    They agreed before (`beginning`); but torchrun may hand restarted ranks a store with old words in it
+    (docs/decisions.md, entry 3), and ranks that go on from different steps would train nonsense in silence.
+    """
+    steps = [int(found) for found in torch.cat(world.gather(torch.tensor([step])))]
+    if len(set(steps)) > 1:
+        told = ", ".join(
+            f"{world.names([steps.index(found)])} after step {found}" for found in sorted(set(steps))
+        )
+        raise LostPeer(f"ranks would go on from different checkpoints ({told}); run the same command again")
 
 
 def check_crop(crop_px: int | None, shards: ShardSet) -> None:
