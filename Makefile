@@ -5,15 +5,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 KERNELS := $(wildcard geopose_dist/kernels/*.pyx geopose_dist/kernels/*.pxd)
 
-.PHONY: setup demo test quick check soak sanitize bench clean
+.PHONY: setup demo test hosts quick check soak sanitize bench clean
 
 setup: .venv/.installed .venv/.built  ## .venv with everything; quick when nothing changed
 
 demo: setup  ## the whole story on synthetic cities: demo/score.json, demo/index.html
 	launch/pipeline.sh
 
-test: setup  ## the whole suite; what this machine cannot run is skipped with the reason
-	$(BIN)/python -m pytest -m "not soak"
+test: setup  ## the whole suite on one host; what this machine cannot run is skipped with the reason
+	$(BIN)/python -m pytest -m "not soak and not multihost"
+
+hosts: setup  ## several hosts (network namespaces, so root) and a Slurm of one node; CI runs this, too
+	$(BIN)/python -m pytest -m "multihost and not soak"
 
 quick: setup  ## the tests of a coffee's length
 	$(BIN)/python -m pytest -m "not slow and not gpu and not multihost and not soak"

@@ -302,7 +302,7 @@ def write_begins(root: Path, times: int) -> Callable[[], bool]:
 
 @pytest.mark.slow
 def test_killed_while_writing(train_shards: Path, tmp_path: Path, rng: np.random.Generator) -> None:
-    kill_and_go_on(train_shards, tmp_path, 2, rng)
+    kill_and_go_on(train_shards, tmp_path, 1, rng)
 
 
 @pytest.mark.soak

@@ -17,6 +17,7 @@ from slurm import Slurm
 
 SBATCH = runs.ROOT / "launch" / "slurm.sbatch"
 LENGTH = 16
+pytestmark = pytest.mark.multihost
 WORDS = (
     *(word for word in runs.TINY if not word.startswith("--data.workers")),
     "--data.workers=1",  # loader processes get Slurm's signals, too
