@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from jobs import actor_processes, wait_until_gone
 from runs import wait_until
 from scenes import NET, files_of, pixels, predict, read, write_large_scene, write_scene
 
@@ -44,7 +45,7 @@ def save_net(path: Path, encoder: str, reduction: int) -> GeoposeNet:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ray", pytest.param("process", marks=pytest.mark.soak)])
-def test_a_killed_driver_goes_on_to_the_same_files(kind: str, tmp_path: Path) -> None:
+def test_a_killed_actor_and_a_killed_driver_leave_the_same_files(kind: str, tmp_path: Path) -> None:
     save_net(tmp_path / "net.safetensors", "tu-mobilenetv3_small_050", 2)
     source = write_scene(tmp_path / "ARG_k.tif", pixels(1600, 1700))
     log, out = tmp_path / "log", tmp_path / "out"
@@ -54,14 +55,76 @@ def test_a_killed_driver_goes_on_to_the_same_files(kind: str, tmp_path: Path) ->
     assert undisturbed.wait(timeout=300) == 0, log.read_text()
     first = start(source, tmp_path / "net.safetensors", out, log, *options)
     windows = out / ".geopose-predict" / "ARG_k" / "windows"
-    wait_until(lambda: len(list(windows.glob("window-*.json"))) > 6, first)
+    wait_until(lambda: len(list(windows.glob("window-*.json"))) > 2, first)
+    victims = actor_processes(first.pid, kind)
+    assert victims
+    os.kill(victims[-1], signal.SIGKILL)
+    wait_until(lambda: len(list(windows.glob("window-*.json"))) > 8, first)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
-    time.sleep(2)  # orphans notice that their driver is gone
+    wait_until_gone(victims)  # orphans notice that their driver is gone
     assert not (out / "ARG_k_VFLOW.json").exists(), "it was too fast to be killed in the middle"
     second = start(source, tmp_path / "net.safetensors", out, log, *options)
     assert second.wait(timeout=300) == 0, log.read_text()
     assert files_of(out) == files_of(tmp_path / "undisturbed")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    again = start(source, tmp_path / "net.safetensors", out, log, *options)
+    assert again.wait(timeout=300) == 0, log.read_text()
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+@pytest.mark.soak
+def test_a_driver_killed_among_its_outputs_goes_on_to_the_same_files(tmp_path: Path) -> None:
+    save_net(tmp_path / "net.safetensors", "tu-mobilenetv3_small_050", 4)
+    source = write_scene(
+        tmp_path / "ARG_k.tif", pixels(4100, 4200), blockxsize=256, blockysize=256
+    )  # nine blocks
+    log, out = tmp_path / "log", tmp_path / "out"
+    options = ("--workers", "2", "--dispatch", "process", "--net.window", "512")
+    undisturbed = start(source, tmp_path / "net.safetensors", tmp_path / "undisturbed", log, *options)
+    assert undisturbed.wait(timeout=600) == 0, log.read_text()
+    first = start(source, tmp_path / "net.safetensors", out, log, *options)
+    scratch = out / ".geopose-predict" / "ARG_k" / "windows"
+    wait_until(lambda: any(scratch.glob("block-*.npz")), first)
+    os.kill(actor_processes(first.pid, "process")[-1], signal.SIGKILL)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    assert not list(out.glob("*.tif")), "it was too fast to be killed in the middle"
+    second = start(source, tmp_path / "net.safetensors", out, log, *options)
+    assert second.wait(timeout=600) == 0, log.read_text()
+    assert files_of(out) == files_of(tmp_path / "undisturbed")
+
+
+@pytest.mark.soak
+def test_a_node_dies_under_a_scene_and_the_files_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 4)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    save_net(tmp_path / "net.safetensors", "tu-mobilenetv3_small_050", 2)
+    source = write_scene(tmp_path / "ARG_k.tif", pixels(2600, 2700))
+    undisturbed, out, log = (tmp_path / name for name in ("undisturbed", "out", "log"))
+    options = ("--workers", "2", "--net.window", "256")
+    alone = start(source, tmp_path / "net.safetensors", undisturbed, log, *options, "--dispatch", "process")
+    assert alone.wait(timeout=600) == 0, log.read_text()
+    command = [sys.executable, str(Path(__file__).with_name("two_nodes.py"))]
+    pipe, noise = subprocess.PIPE, subprocess.DEVNULL
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=noise, text=True) as cluster:
+        assert cluster.stdin is not None
+        assert cluster.stdout is not None
+        address = cluster.stdout.readline().strip()
+        job = start(source, tmp_path / "net.safetensors", out, log, *options, "--ray-address", address)
+        windows = out / ".geopose-predict" / "ARG_k" / "windows"
+        wait_until(lambda: len(list(windows.glob("window-*.json"))) > 8, job)
+        print("kill", file=cluster.stdin, flush=True)
+        assert cluster.stdout.readline() == "killed\n"
+        assert job.poll() is None, "it was too fast to lose a node in the middle"
+        assert job.wait(timeout=600) == 0, log.read_text()
+        cluster.stdin.close()
+    assert "windows, 2 ray actors" in log.read_text()
+    assert files_of(out) == files_of(undisturbed)
 
 
 @pytest.mark.slow
