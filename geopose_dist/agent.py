@@ -31,6 +31,8 @@ ASK_S = 1.0
 """Pause between two questions whether nodes wait to join; torch's own answer is no younger."""
 CLOSE_S = 5.0
 """How long the end of a job may wait for the rendezvous to hear of it."""
+ANSWER_S = 15.0
+"""How long a new start waits for an answer that is under way; a cable that was out for 5 s needs up to 13."""
 
 
 def is_mendable(exit_code: int) -> bool:
@@ -90,16 +92,18 @@ class PatientRendezvous(RendezvousHandler):
 
     def __init__(self, handler: RendezvousHandler) -> None:
         self._handler, self.lost, self._waiting = handler, "", 0
-        self._pause: threading.Event | None = None
+        self._over = threading.Event()
+        self._asking: threading.Thread | None = None
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Meet the other agents; who lost the rendezvous once cannot (RendezvousConnectionError)."""
-        self._stop_asking()
+        self._stop_asking(ANSWER_S)
         if self.lost:
             raise RendezvousConnectionError(self.lost)
         info = self._handler.next_rendezvous()
-        self._pause = threading.Event()
-        threading.Thread(target=self._ask, args=(self._pause,), name="membership", daemon=True).start()
+        self._over = threading.Event()
+        self._asking = threading.Thread(target=self._ask, args=(self._over,), name="membership", daemon=True)
+        self._asking.start()
         return info
 
     def _ask(self, over: threading.Event) -> None:
@@ -112,10 +116,14 @@ class PatientRendezvous(RendezvousHandler):
             if not over.is_set():
                 self._waiting = waiting
 
-    def _stop_asking(self) -> None:
-        if self._pause is not None:
-            self._pause.set()
+    def _stop_asking(self, wait_s: float) -> None:
+        """Ask no more; a question that gets no answer within `wait_s` means that the rendezvous is lost."""
+        self._over.set()
         self._waiting = 0
+        if self._asking is not None:
+            self._asking.join(wait_s)
+            if self._asking.is_alive():
+                self.lost = self.lost or f"no answer for {wait_s:g} s"
 
     def num_nodes_waiting(self) -> int:
         """Nodes that wait to join, as last heard."""
@@ -123,7 +131,7 @@ class PatientRendezvous(RendezvousHandler):
 
     def shutdown(self) -> bool:
         """Close the rendezvous for all, if that can be had soon."""
-        self._stop_asking()
+        self._stop_asking(CLOSE_S)
         closed: list[bool] = []
 
         def close() -> None:

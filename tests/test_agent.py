@@ -97,6 +97,7 @@ class Rendezvous:
 def test_a_lost_rendezvous_neither_stops_nor_hangs_the_agent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("geopose_dist.agent.ASK_S", 0.01)
     monkeypatch.setattr("geopose_dist.agent.CLOSE_S", 0.2)
+    monkeypatch.setattr("geopose_dist.agent.ANSWER_S", 0.2)
     inner: Any = Rendezvous()
     patient = PatientRendezvous(inner)
     assert isinstance(patient, RendezvousHandler)
@@ -104,9 +105,9 @@ def test_a_lost_rendezvous_neither_stops_nor_hangs_the_agent(monkeypatch: pytest
     assert inner.asked.wait(10)
     began = time.monotonic()
     assert patient.num_nodes_waiting() == 0
+    with pytest.raises(RendezvousConnectionError, match="no answer"):
+        patient.next_rendezvous()
     assert not patient.shutdown()
     assert time.monotonic() - began < 5
     assert patient.lost
     inner.gone.set()
-    with pytest.raises(RendezvousConnectionError):
-        patient.next_rendezvous()
