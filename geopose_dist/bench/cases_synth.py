@@ -81,9 +81,12 @@ def rendered(city: str, repeats: int) -> tuple[Row, float]:
     row, col = small.row.astype(int), small.col.astype(int)
     ground = 0.0 if scene.terrain.ground is None else scene.terrain.ground[row, col]
     near = np.mean(np.abs(small.agl_m + ground - height) <= STEP_M + 0.05)
-    check(near > 0.9, f"{city}: heights agree with the march in NumPy at {near:.1%} of the pixels only")
+    check(bool(near > 0.9), f"{city}: heights agree with the march in NumPy at {near:.1%} of the pixels only")
     shadows = np.mean(lit == small.lit)
-    check(shadows > 0.75, f"{city}: light agrees with the march in NumPy at {shadows:.1%} of the pixels only")
+    check(
+        bool(shadows > 0.75),
+        f"{city}: light agrees with the march in NumPy at {shadows:.1%} of the pixels only",
+    )
     spent = timing(views[1:] or views)  # the first has the memory to find
     tile_s = spent.median_s + build_s / VIEWS
     return {
