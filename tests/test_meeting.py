@@ -11,8 +11,14 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from geopose_dist import meeting
 from geopose_dist.errors import FinishedWithFailures, LostPeer, Preempted, UserError
 from geopose_dist.meeting import Meeting
+
+
+@pytest.fixture(autouse=True)
+def no_long_goodbyes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "READ_BY_SOME_S", 0.1)
 
 
 def meet(size: int, work: Callable[[Meeting], Any], silent_s: float = 20.0) -> list[Any]:
@@ -20,11 +26,11 @@ def meet(size: int, work: Callable[[Meeting], Any], silent_s: float = 20.0) -> l
     store = dist.HashStore()
 
     def one(rank: int) -> Any:
-        meeting = Meeting(rank, size, dist.PrefixStore("meeting", store), silent_s)
-        meeting.host = f"host{rank}"
-        store.set(f"meeting/host/{rank}", meeting.host)
+        here = Meeting(rank, size, dist.PrefixStore("meeting", store), silent_s)
+        here.host = f"host{rank}"
+        store.set(f"meeting/host/{rank}", here.host)
         try:
-            return work(meeting)
+            return work(here)
         except Exception as error:
             return error
 
@@ -79,14 +85,14 @@ def test_an_end_for_another_reason_ends_all(error: Exception, kind: type, told: 
 
 @pytest.mark.parametrize("slow", [0, 1])
 def test_who_works_for_long_is_not_lost(slow: int) -> None:
-    """Three times the silence that is allowed, but with signs of life."""
+    """More than twice the silence that is allowed, but with signs of life."""
 
     def work(meeting: Meeting) -> Any:
         return meeting.agree(
             "staging", lambda: time.sleep(1.5 * (meeting.rank == slow)) or meeting.rank, lambda said: said
         )
 
-    assert meet(2, work, silent_s=0.5) == [[0, 1], [0, 1]]
+    assert meet(2, work, silent_s=0.6) == [[0, 1], [0, 1]]
 
 
 @pytest.mark.parametrize("gone", [0, 1])
@@ -94,7 +100,7 @@ def test_who_gives_no_sign_is_named(gone: int) -> None:
     def work(meeting: Meeting) -> Any:
         return None if meeting.rank == gone else meeting.agree("staging", lambda: 0, lambda said: said)
 
-    ends = meet(3, work, silent_s=0.5)
+    ends = meet(3, work, silent_s=0.6)
     for rank in {0, 1, 2} - {gone}:
         assert isinstance(ends[rank], LostPeer)
         assert f"rank {gone} on host{gone} has given no sign" in str(ends[rank])
@@ -104,7 +110,7 @@ def test_who_gives_no_sign_is_named(gone: int) -> None:
 def test_who_is_asked_to_stop_leaves_the_wait() -> None:
     store = dist.HashStore()
     asked = threading.Event()
-    meeting = Meeting(0, 2, store, 60.0, stopped=lambda: "SIGTERM" if asked.is_set() else "")
+    here = Meeting(0, 2, store, 60.0, stopped=lambda: "SIGTERM" if asked.is_set() else "")
     threading.Timer(0.2, asked.set).start()
     with pytest.raises(Preempted, match="stopped by SIGTERM"):
-        meeting.agree("x", lambda: 0, lambda said: said)
+        here.agree("x", lambda: 0, lambda said: said)

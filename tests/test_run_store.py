@@ -199,6 +199,7 @@ def options(s3: str, cache: Path, *more: str) -> tuple[str, ...]:
     return (*SMALL, *store, *more)
 
 
+@pytest.mark.slow
 def test_a_whole_run_and_what_starts_from_it(
     train_shards: Path,
     tmp_path: Path,

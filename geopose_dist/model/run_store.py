@@ -51,7 +51,8 @@ class RunStore:
     def __init__(self, url: str, store: StoreRecipe, folder: Path) -> None:
         if urls.parse(url).scheme in ("http", "https"):
             raise UserError(
-                f"--out {urls.shown(url)}: web servers cannot be written to; name a folder, s3://, gs:// or az://"
+                f"{urls.shown(url)}: web servers cannot be written to or listed; keep a run in a folder, at s3://, "
+                "gs:// or az://"
             )
         self.url, self.folder = str(urls.parse(url)), folder
         self._store = stores.open_store(url, store)
