@@ -102,6 +102,19 @@ def test_ranks_of_a_node_share_its_link_once() -> None:
     assert one < eight
 
 
+def test_no_rank_is_faster_than_its_loader() -> None:
+    asked = recipe.BenchRecipe(scaling=recipe.ScalingRecipe(predict=(8, 64), latency_us=0.0))
+    run = cases_scaling.with_micro_batch(TrainRecipe(), 4)
+    for loader, bound in ((math.inf, "compute"), (2.0, "loader")):
+        rows = cases_scaling.predictions(TRUE, POINT, run, asked, loader)
+        weak = [row for row in rows if row["case"].endswith("weak")]
+        assert [row["bound_by"] for row in weak] == [bound, bound]
+        if bound == "loader":
+            assert [row["tiles_per_s"] for row in weak] == [pytest.approx(2.0 * n) for n in (8, 64)]
+    slow = recipe.BenchRecipe(scaling=recipe.ScalingRecipe(predict=(64,), network_gbit=0.01))
+    assert cases_scaling.predictions(TRUE, POINT, run, slow)[0]["bound_by"] == "exchange"
+
+
 def test_costs_count_whole_nodes() -> None:
     asked = recipe.ScalingRecipe(gpus_per_node=8, price_per_node_hour=36.0)
     assert cases_scaling.cost(asked, 9, 100.0) == pytest.approx(2.0)
@@ -140,10 +153,13 @@ def test_scaling_measures_two_ranks_and_predicts_more(
     assert [(row["case"], row["ranks"]) for row in rows] == [
         ("scaling, measured", 1),
         ("scaling, measured", 2),
+        ("scaling, measured", 2),
         ("scaling, predicted weak", 16),
         ("scaling, predicted strong", 16),
     ]
-    weak, strong = rows[2:]
+    assert [row["micro_batch"] for row in rows[:3]] == [2, 2, 1]
+    assert "unknown" not in rows[-1]["verdict"], "a point that was left out tells the error"
+    weak, strong = rows[3:]
     assert weak["cost_per_epoch"] == pytest.approx(2 * 10 * weak["epoch_s"] / 3600)
     assert 0 < strong["efficiency"] < weak["efficiency"] <= 1
     assert rows[1]["gradient_mb"] > 1
