@@ -14,13 +14,16 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tifffile
 from packs import children, command_line, hashes, run_pack, spoil
 from tiles import make_dataset
 
 from geopose_dist import pool
 from geopose_dist.data.plan import parse_order
 from geopose_dist.errors import FoundProblems, UserError
+from geopose_dist.evaluate.evaluate import gather
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.slow
@@ -108,3 +111,15 @@ def make_mistakes(folder: Path, address: str) -> None:
     assert type(wrong.value) is ValueError
     assert list(pool.ray_map(operator.neg, range(20), address=address)) == [-i for i in range(20)]
     assert list(pool.ray_map(operator.neg, [], address=address)) == []
+    # Tiles are scored there, too; no number depends on where.
+    truth, predictions = folder / "truth", folder / "predictions"
+    for path in (truth, predictions):
+        path.mkdir()
+    for path in sorted((folder / "data" / "train").glob("*_VFLOW.json"))[-3:]:
+        heights = tifffile.imread(path.with_name(path.name.replace("_VFLOW.json", "_AGL.tif")))
+        for target, values in ((truth, heights), (predictions, np.where(heights < 65535, heights, 0) + 100)):
+            (target / path.name).write_bytes(path.read_bytes())
+            tifffile.imwrite(target / path.name.replace("_VFLOW.json", "_AGL.tif"), values.astype(np.uint16))
+    local = gather(predictions, truth).scores()
+    assert gather(predictions, truth, ray_address=address).scores() == local
+    assert local["r2"] < 1

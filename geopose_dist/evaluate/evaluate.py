@@ -26,7 +26,7 @@ from geopose_dist.evaluate import bins, intervals
 from geopose_dist.evaluate import predictions as files
 from geopose_dist.evaluate.moments import Moments, TileMoments, tile_moments
 from geopose_dist.files import write_bytes
-from geopose_dist.pool import process_map
+from geopose_dist.pool import process_map, ray_map
 
 SMALL_JOB_BYTES = 30_000_000
 """Below this many bytes of heights, starting worker processes takes longer than scoring."""
@@ -55,6 +55,8 @@ class EvaluateRecipe:
     """Also write predictions and truth moved to ground position, with their occlusion, into this folder."""
     workers: int = 0
     """Worker processes; 0 means one per core, or none for small jobs."""
+    ray_address: str = ""
+    """Score on the Ray cluster at this address, whose nodes see both folders at the same paths."""
 
     def __post_init__(self) -> None:
         if self.workers < 0:
@@ -89,14 +91,26 @@ def score(predictions_dir: str | Path, truth_dir: str | Path, *, workers: int = 
     return gather(Path(predictions_dir), Path(truth_dir), workers=workers).scores()
 
 
-def gather(predictions_dir: Path, truth_dir: Path, *, workers: int = 1, height_bins: bool = False) -> Moments:
+def gather(
+    predictions_dir: Path,
+    truth_dir: Path,
+    *,
+    workers: int = 1,
+    height_bins: bool = False,
+    ray_address: str = "",
+) -> Moments:
     """The moments of every tile of the truth, in the order of the keys; see `score`."""
+    if ray_address:  # nodes of a cluster work in other folders
+        predictions_dir, truth_dir = predictions_dir.resolve(), truth_dir.resolve()
     pairs, problems = _match(predictions_dir, truth_dir)
     moments = Moments()
     if workers == 0 and sum(_bytes(pair) for pair in pairs) < SMALL_JOB_BYTES:
         workers = 1
     one_pair = functools.partial(measure, height_bins=height_bins)
-    measured = process_map(one_pair, pairs, workers=min(workers, len(pairs)) if pairs else 1)
+    if ray_address:
+        measured = ray_map(one_pair, pairs, address=ray_address, workers=workers)
+    else:
+        measured = process_map(one_pair, pairs, workers=min(workers, len(pairs)) if pairs else 1)
     for found in metrics_log.track(measured, total=len(pairs), label="score"):
         if isinstance(found, TileMoments):
             moments.add(found)
@@ -302,7 +316,13 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
 def run(recipe: EvaluateRecipe) -> None:
     """Print the tables, write the files, write the rectified pictures."""
     groups = intervals.find_groups(recipe.truth, recipe.groups)
-    moments = gather(recipe.predictions, recipe.truth, workers=recipe.workers, height_bins=recipe.height_bins)
+    moments = gather(
+        recipe.predictions,
+        recipe.truth,
+        workers=recipe.workers,
+        height_bins=recipe.height_bins,
+        ray_address=recipe.ray_address,
+    )
     scores = moments.scores()
     assert math.isfinite(scores["r2"])
     print_table(scores)
