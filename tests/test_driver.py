@@ -25,6 +25,7 @@ from jobs import (
 )
 from range_server import serve
 from tiles import make_dataset
+from two_nodes import lose_a_node, two_nodes
 
 from geopose_dist import cli
 from geopose_dist.errors import UserError
@@ -218,26 +219,16 @@ def test_a_node_of_a_cluster_dies_and_the_files_are_the_same(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("ray", reason="Ray is not installed")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 4)
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     source, undisturbed, out, log = (tmp_path / name for name in ("tiles", "undisturbed", "out", "log"))
     write_tiles(source, 300)
     assert predict(source, checkpoint, undisturbed, "--dispatch", "inline") == 0
-    command = [sys.executable, str(Path(__file__).with_name("two_nodes.py"))]
-    pipe, noise = subprocess.PIPE, subprocess.DEVNULL
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=noise, text=True) as cluster:
-        assert cluster.stdin is not None
-        assert cluster.stdout is not None
-        address = cluster.stdout.readline().strip()
+    with two_nodes(monkeypatch) as (address, cluster):
         job = start(source, checkpoint, out, log, "--ray-address", address)
         wait_for_files(out, 20, job)
         assert job.poll() is None, log.read_text()
-        print("kill", file=cluster.stdin, flush=True)
-        assert cluster.stdout.readline() == "killed\n"
+        lose_a_node(cluster)
         assert job.poll() is None, "it was too fast to lose a node in the middle"
         assert job.wait(timeout=300) == 0, log.read_text()
-        cluster.stdin.close()
     assert "predict, 2 ray actors" in log.read_text()
     assert outputs(out) == outputs(undisturbed)
 

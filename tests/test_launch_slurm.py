@@ -85,7 +85,9 @@ def test_preempted_and_signalled_it_queues_itself_again_to_the_same_weights(
     tell_ranks(out, signal.SIGSTOP)
     slurm.call("scancel", "--batch", "--signal=USR2", job)
     # As itself by way of srun, or as SIGTERM by way of the script: whichever is first.
-    slurm.wait_for(lambda: said().count("death signal, shutting down") == 2, "the signal has reached torchrun")
+    slurm.wait_for(
+        lambda: said().count("death signal, shutting down") == 2, "the signal has reached torchrun"
+    )
     tell_ranks(out, signal.SIGCONT)
     slurm.wait_for(lambda: stopped(2), "the signalled job is queued again")
     assert taken + 2 <= runs.logged(out) < LENGTH

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import operator
 import os
@@ -10,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import pytest
 import tifffile
 from packs import children, command_line, hashes, run_pack, spoil
 from tiles import make_dataset
+from two_nodes import lose_a_node, two_nodes
 
 from geopose_dist import pool
 from geopose_dist.data.plan import parse_order
@@ -27,22 +26,6 @@ from geopose_dist.evaluate.evaluate import gather
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.slow
-
-
-@contextlib.contextmanager
-def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """A cluster of two nodes with a core each: its address and its process, which kills a node on request."""
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 4)
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    command = [sys.executable, str(Path(__file__).with_name("two_nodes.py"))]
-    pipe, noise = subprocess.PIPE, subprocess.DEVNULL
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=noise, text=True) as cluster:
-        assert cluster.stdin is not None
-        assert cluster.stdout is not None
-        try:
-            yield cluster.stdout.readline().strip(), cluster
-        finally:
-            cluster.stdin.close()
 
 
 def wait_for(folder: Path, count: int, process: subprocess.Popen[bytes]) -> None:
@@ -76,8 +59,7 @@ def test_a_cluster_packs_the_same_bytes_though_a_worker_and_a_node_die(tmp_path,
         os.kill(busy_worker(cluster.pid, job), signal.SIGKILL)
         wait_for(records, 30, job)
         assert job.poll() is None, log.read_text()
-        print("kill", file=cluster.stdin, flush=True)
-        assert cluster.stdout.readline() == "killed\n"
+        lose_a_node(cluster)
         assert len(list(records.glob("*.json"))) < 100, "too fast to lose a node in the middle"
         assert job.wait(timeout=240) == 0, log.read_text()
     assert hashes(tmp_path / "out") == hashes(tmp_path / "local")

@@ -13,6 +13,7 @@ import torch
 from jobs import actor_processes, wait_until_gone
 from runs import wait_until
 from scenes import NET, files_of, pixels, predict, read, write_large_scene, write_scene
+from two_nodes import lose_a_node, two_nodes
 
 from geopose_dist.infer.predictor import Predictor
 from geopose_dist.infer.reach import reach_px
@@ -44,7 +45,7 @@ def save_net(path: Path, encoder: str, reduction: int) -> GeoposeNet:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ray", pytest.param("process", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kind", [pytest.param("ray", marks=pytest.mark.soak), "process"])
 def test_a_killed_actor_and_a_killed_driver_leave_the_same_files(kind: str, tmp_path: Path) -> None:
     save_net(tmp_path / "net.safetensors", "tu-mobilenetv3_small_050", 2)
     source = write_scene(tmp_path / "ARG_k.tif", pixels(1600, 1700))
@@ -100,34 +101,24 @@ def test_a_node_dies_under_a_scene_and_the_files_are_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("ray", reason="Ray is not installed")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 4)
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     save_net(tmp_path / "net.safetensors", "tu-mobilenetv3_small_050", 2)
     source = write_scene(tmp_path / "ARG_k.tif", pixels(2600, 2700))
     undisturbed, out, log = (tmp_path / name for name in ("undisturbed", "out", "log"))
     options = ("--workers", "2", "--net.window", "256")
     alone = start(source, tmp_path / "net.safetensors", undisturbed, log, *options, "--dispatch", "process")
     assert alone.wait(timeout=600) == 0, log.read_text()
-    command = [sys.executable, str(Path(__file__).with_name("two_nodes.py"))]
-    pipe, noise = subprocess.PIPE, subprocess.DEVNULL
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=noise, text=True) as cluster:
-        assert cluster.stdin is not None
-        assert cluster.stdout is not None
-        address = cluster.stdout.readline().strip()
+    with two_nodes(monkeypatch) as (address, cluster):
         job = start(source, tmp_path / "net.safetensors", out, log, *options, "--ray-address", address)
         windows = out / ".geopose-predict" / "ARG_k" / "windows"
         wait_until(lambda: len(list(windows.glob("window-*.json"))) > 8, job)
-        print("kill", file=cluster.stdin, flush=True)
-        assert cluster.stdout.readline() == "killed\n"
+        lose_a_node(cluster)
         assert job.poll() is None, "it was too fast to lose a node in the middle"
         assert job.wait(timeout=600) == 0, log.read_text()
-        cluster.stdin.close()
     assert "windows, 2 ray actors" in log.read_text()
     assert files_of(out) == files_of(undisturbed)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_worker_needs_little_memory_however_large_the_scene(tmp_path: Path) -> None:
     save_net(tmp_path / "net.safetensors", "tu-mobilenetv3_small_050", 2)
     peaks = []
