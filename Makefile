@@ -5,21 +5,24 @@ PYTHON ?= python3
 BIN := .venv/bin
 KERNELS := $(wildcard geopose_dist/kernels/*.pyx geopose_dist/kernels/*.pxd)
 
-.PHONY: setup demo test hosts quick check soak sanitize bench clean
+.PHONY: setup demo test hosts extra quick check soak sanitize bench clean
 
 setup: .venv/.installed .venv/.built  ## .venv with everything; quick when nothing changed
 
 demo: setup  ## the whole story on synthetic cities: demo/score.json, demo/index.html
 	launch/pipeline.sh
 
-test: setup  ## the whole suite on one host; what this machine cannot run is skipped with the reason
-	$(BIN)/python -m pytest -m "not soak and not multihost"
+test: setup  ## the suite on one host; what this machine cannot run is skipped with the reason
+	$(BIN)/python -m pytest -m "not soak and not multihost and not extra"
 
 hosts: setup  ## several hosts (network namespaces, so root) and a Slurm of one node; CI runs this, too
 	$(BIN)/python -m pytest -m "multihost and not soak"
 
+extra: setup  ## what does not fit into the quarter of an hour of make test; CI runs this, too
+	$(BIN)/python -m pytest -m "extra and not multihost and not soak"
+
 quick: setup  ## the tests of a coffee's length
-	$(BIN)/python -m pytest -m "not slow and not gpu and not multihost and not soak"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not multihost and not soak and not extra"
 
 check: setup  ## style, types, import layers
 	$(BIN)/ruff check .

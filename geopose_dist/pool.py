@@ -166,10 +166,12 @@ def ray_map(
         while waiting:
             yield next_result()
     finally:
-        for reference in waiting:
-            ray.cancel(reference, force=True)
+        # Never by force: a task that ends just then ends this process, too (a failed check inside of Ray 2.60).
         if owns:
-            ray.shutdown()
+            ray.shutdown()  # the cluster ends what a driver leaves behind
+        else:
+            for reference in waiting:
+                ray.cancel(reference)
 
 
 def _call_there(function: Callable[[Item], Result], item: Item) -> Result:

@@ -9,7 +9,7 @@ import pytest
 
 from geopose_dist.bench import compare, harness
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.extra
 
 STEP = ("--run.data.crop-px=64", "--run.data.micro-batch=2", "--steps=3")
 

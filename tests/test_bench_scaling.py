@@ -140,7 +140,7 @@ def small_recipe(*options: str) -> TrainRecipe:
     return cases_scaling.for_scaling(config.parse(TrainRecipe, words, prog="test", description=""))
 
 
-@pytest.mark.slow
+@pytest.mark.extra
 def test_scaling_measures_two_ranks_and_predicts_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,7 +92,7 @@ def options(*more: str) -> tuple[str, ...]:
     return (*sizes, "--data.on-damage=substitute", "--data.workers=1", *more)
 
 
-@pytest.mark.slow
+@pytest.mark.extra
 def test_two_ranks_write_what_the_plan_says_and_stop_past_the_limit_of_all_starts(
     damaged: tuple[Path, set[str]], tmp_path: Path
 ):

@@ -23,7 +23,7 @@ def check(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("parts", "results"),
     [
-        pytest.param("doctor tests data epoch", ["epoch"], marks=pytest.mark.slow),
+        pytest.param("doctor tests data epoch", ["epoch"], marks=pytest.mark.extra),
         pytest.param(
             "doctor data step epoch submission tests augment checkpoint lossless epoch_large",
             [

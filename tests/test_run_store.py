@@ -297,7 +297,7 @@ def test_killed_in_mid_upload(train_shards: Path, tmp_path: Path, s3: str) -> No
     killed_while_uploading(str(train_shards), s3, tmp_path, 1, "s3://runs/one", whole)
 
 
-@pytest.mark.slow
+@pytest.mark.extra
 def test_two_ranks_stage_from_a_store_and_are_killed_in_mid_upload(
     train_shards: Path, tmp_path: Path, s3: str
 ) -> None:

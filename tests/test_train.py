@@ -176,7 +176,7 @@ def test_options_that_exclude_each_other(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.extra
 def test_bf16_learns_as_fp32_does(train_shards: Path, tmp_path: Path) -> None:
     """The same batches: single losses within 3 % at first, the mean of the last 24 steps within 10 %.
 

@@ -70,7 +70,7 @@ def cut_and_compare(shards: Path, folder: Path, ranks: int, steps: list[int], le
         assert_same_weights(whole, cut)
 
 
-@pytest.mark.slow
+@pytest.mark.extra
 def test_going_on_with_three_ranks_is_never_stopped(train_shards: Path, tmp_path: Path) -> None:
     """Two micro-batches a step: one rank of the three never has any. Two ranks: see the tests above."""
     cut_and_compare(train_shards, tmp_path, 3, [4], length=7)
@@ -157,7 +157,7 @@ def test_a_rank_that_fails_is_no_lost_peer(train_shards: Path, tmp_path: Path) -
     assert json.loads((out / "state.json").read_text())["status"] == "running"
 
 
-@pytest.mark.slow
+@pytest.mark.extra
 def test_the_order_of_samples_survives_other_numbers_of_ranks(train_shards: Path, tmp_path: Path) -> None:
     """2, then 1, then 3 ranks read what one rank reads, each tile once per visit."""
     options = ("--data.global-batch=4", "--data.micro-batch=1", "--validation.every-epochs=0")
@@ -205,7 +205,7 @@ def test_how_gradients_are_made_and_sent_changes_nothing(
     assert_same_weights(undisturbed, other)
 
 
-@pytest.mark.slow
+@pytest.mark.extra
 def test_compressed_gradients_are_half_the_bytes_and_nearly_the_same(
     train_shards: Path, tmp_path: Path, undisturbed: Path
 ) -> None:
@@ -244,7 +244,7 @@ def is_parameter(name: str) -> bool:
     return not ("running" in name or "num_batches" in name or name in ("mean", "std"))
 
 
-@pytest.mark.slow
+@pytest.mark.extra
 def test_steps_left_out_in_fp16_are_the_same_on_all_ranks(train_shards: Path, tmp_path: Path) -> None:
     """The loss is scaled by 65536 at first, which overflows here: both ranks leave the step out, as one rank does."""
     options = ("--length=6 steps", *PER_RANK, "--precision=fp16", "--validation.every-epochs=0")

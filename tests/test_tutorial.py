@@ -76,7 +76,7 @@ def run_page(folder: Path, *words: str, timeout: float) -> subprocess.CompletedP
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
 
 
-@pytest.mark.slow
+@pytest.mark.extra
 def test_the_tutorial_runs_in_small(tmp_path):
     done = run_page(tmp_path / "walk", *(word for one in SMALL for word in ("--set", one)), timeout=550)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -47,7 +47,7 @@ def run(command: list[str], cwd: Path, **variables: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.extra
 def test_recipes_and_kernels_travel_in_the_wheel(installed: Path, tmp_path: Path) -> None:
     geopose = [sys.executable, "-m", "geopose_dist"]
     path = str(installed)
@@ -68,7 +68,7 @@ def test_recipes_and_kernels_travel_in_the_wheel(installed: Path, tmp_path: Path
     assert recipes == {str(p.relative_to(source)) for p in source.glob("configs/**/*.yaml")}
 
 
-@pytest.mark.slow
+@pytest.mark.extra
 def test_the_wheel_holds_the_program_and_nothing_else(installed: Path) -> None:
     tops = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
     assert tops == {"geopose_dist", "shards", "bin"}
